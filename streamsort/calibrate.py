@@ -1,0 +1,324 @@
+"""The first seconds of a stream turned into units.
+
+In come the peaks of the calibration span with their embeddings and snippets (in noise units); out come prototypes: for every unit, on
+every channel where its spikes peak, a mean embedding, a spread and a template. The order is over-cluster, then merge by evidence:
+
+1. k-means in each channel's embedding space, more clusters than there can be units;
+2. on each channel, merge pairs whose spikes show no valley between them along their discriminant;
+3. across clusters, on one channel or on neighbours, merge pairs whose mean snippets agree on the channels they share: a unit between
+   two contacts peaks now on one, now on the other;
+4. leave out what hugs the threshold (noise: its amplitudes fall off from the threshold as a Gaussian tail does) and echoes (a second
+   trough that follows a larger unit's spike at a fixed lag).
+
+Embeddings are compared after whitening with their pooled within-cluster covariance, the metric in which a unit is a ball. No clock and
+no global state: the same peaks and seed give the same units.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsort.config import ClusterConfig
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibration found.
+
+    Attributes
+    ----------
+    whitening : ndarray, shape (n_dims, n_dims), float32
+        Embeddings are multiplied by it before any distance is taken.
+    channel, unit, n_spikes : ndarray, shape (n_prototypes,), int64
+        Peak channel of each prototype, its unit (0..n_units-1; -1 for a reject prototype, which attracts noise and echoes), its size.
+    mean : ndarray, shape (n_prototypes, n_dims), float32
+        Mean whitened embedding.
+    spread : ndarray, shape (n_prototypes,), float32
+        Mean squared distance of the members over n_dims.
+    template : ndarray, shape (n_prototypes, n_snippet_samples, n_neighbors), float32
+        Mean snippet in noise units, channels in the order of the peak channel's neighbours.
+    """
+
+    whitening: Floats
+    channel: Ints
+    unit: Ints
+    n_spikes: Ints
+    mean: Floats
+    spread: Floats
+    template: Floats
+
+
+def calibrate(
+    peaks: NDArray[Any],
+    embeddings: Floats,
+    snippets: Floats,
+    *,
+    neighbors: NDArray[np.int32],
+    amplitudes: Floats,
+    detect_threshold: float,
+    sampling_frequency: float,
+    config: ClusterConfig,
+    seed: int,
+) -> Calibration:
+    """Find the units among the peaks of the calibration span.
+
+    Parameters
+    ----------
+    peaks : ndarray, shape (n_peaks,), PEAK_DTYPE
+        In order of sample_index.
+    embeddings : ndarray, shape (n_peaks, n_dims), float32
+    snippets : ndarray, shape (n_peaks, n_snippet_samples, n_neighbors), float32
+        In noise units.
+    neighbors : ndarray, shape (n_channels, n_neighbors), int32
+        The channels of a snippet, nearest first, -1 where there is none.
+    amplitudes : ndarray, shape (n_peaks,), float32
+        Peak heights in noise units, positive.
+
+    Returns
+    -------
+    Calibration
+        Empty (no prototypes) when there are too few peaks to speak of units.
+    """
+    rng = np.random.default_rng(seed)
+    channel = peaks["channel"].astype(np.int64)
+    groups = [members for members in _by_channel(channel) if len(members) >= config.min_spikes]
+    fine = _number(len(peaks), groups, [_kmeans(embeddings[g], len(g) // 30, rng) for g in groups])
+    whitening = _whitening(embeddings, fine)
+    white = embeddings @ whitening
+    parts = [split_by_valleys(white[g], config, rng) for g in groups]
+    cluster = _drop_small(_number(len(peaks), groups, parts), config.min_spikes)
+    n_clusters = int(cluster.max(initial=-1)) + 1
+    members = [np.flatnonzero(cluster == k) for k in range(n_clusters)]
+    home = np.array([channel[m[0]] for m in members], np.int64)
+    size = np.array([len(m) for m in members], np.int64)
+    template = np.array([snippets[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, *snippets.shape[1:])
+    height = np.array([amplitudes[m].mean() for m in members])
+    unit = _merge_by_template(template, home, size, neighbors, config)
+    # The heights of noise above a threshold t exceed it by 1/t on average; a unit's exceed it by more.
+    reject = height < detect_threshold + config.noise_excess / detect_threshold
+    times = peaks["sample_index"].astype(np.int64)
+    unit = np.where(reject, -1, unit)
+    unit = _drop_echoes(unit, members, times, height, home, neighbors, sampling_frequency)
+    mean = np.array([white[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, white.shape[1])
+    spread = np.array([np.mean((white[m] - mean[k]) ** 2) for k, m in enumerate(members)], np.float32)
+    return Calibration(whitening, home, _renumber(unit, size), size, mean, spread, template)
+
+
+def _by_channel(channel: Ints) -> list[Ints]:
+    order = np.argsort(channel, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(channel[order])) + 1) if len(order) else []
+
+
+def _number(n_peaks: int, groups: list[Ints], labels: list[Ints]) -> Ints:
+    """Put the labels of separate groups into one array, numbered through; -1 for peaks of no group."""
+    out = np.full(n_peaks, -1, np.int64)
+    start = 0
+    for group, label in zip(groups, labels, strict=True):
+        out[group] = label + start
+        start += int(label.max()) + 1
+    return out
+
+
+def _drop_small(cluster: Ints, min_spikes: int) -> Ints:
+    counts = np.bincount(cluster[cluster >= 0], minlength=1)
+    new = np.cumsum(counts >= min_spikes) - 1
+    return np.where((cluster >= 0) & (counts[cluster] >= min_spikes), new[cluster], -1)
+
+
+def _renumber(unit: Ints, size: Ints) -> Ints:
+    """Number units 0.. by falling size, so that unit ids start with the most active one."""
+    out = np.full(len(unit), -1, np.int64)
+    names = np.unique(unit[unit >= 0])
+    order = np.argsort([-size[unit == name].sum() for name in names], kind="stable")
+    for new, name in enumerate(names[order]):
+        out[unit == name] = new
+    return out
+
+
+def _kmeans(x: Floats, n_clusters: int, rng: np.random.Generator, n_iterations: int = 20) -> Ints:
+    """k-means from a k-means++ start (Arthur & Vassilvitskii 2007); at most 16 clusters."""
+    k = int(np.clip(n_clusters, 1, 16))
+    centers = x[rng.integers(len(x), size=1)].astype(np.float64)
+    nearest = ((x - centers[0]) ** 2).sum(axis=1)
+    while len(centers) < k and nearest.sum() > 0:
+        centers = np.vstack([centers, x[rng.choice(len(x), p=nearest / nearest.sum())]])
+        nearest = np.minimum(nearest, ((x - centers[-1]) ** 2).sum(axis=1))
+    label = np.zeros(len(x), np.int64)
+    for _ in range(n_iterations):
+        label = np.argmin((centers**2).sum(axis=1) - 2 * x @ centers.T, axis=1)
+        filled = np.unique(label)
+        moved = np.array([x[label == j].mean(axis=0) for j in filled])
+        if len(filled) == len(centers) and np.allclose(moved, centers):
+            break
+        centers = moved
+    return np.unique(label, return_inverse=True)[1].astype(np.int64)
+
+
+def _whitening(embeddings: Floats, cluster: Ints) -> Floats:
+    """Inverse square root of the pooled within-cluster covariance, a little of the identity added."""
+    n_dims = embeddings.shape[1]
+    scatter, n = np.zeros((n_dims, n_dims)), 0
+    for k in range(int(cluster.max(initial=-1)) + 1):
+        x = embeddings[cluster == k].astype(np.float64)
+        scatter += (x - x.mean(axis=0)).T @ (x - x.mean(axis=0))
+        n += len(x) - 1
+    if n <= n_dims:
+        return np.eye(n_dims, dtype=np.float32)
+    covariance = scatter / n
+    covariance += 0.02 * np.trace(covariance) / n_dims * np.eye(n_dims)
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors / np.sqrt(values)).astype(np.float32)
+
+
+def split_by_valleys(x: Floats, config: ClusterConfig, rng: np.random.Generator) -> Ints:
+    """Over-cluster the peaks of one channel, then merge the pair with the shallowest valley until every pair has one."""
+    label = _kmeans(x, len(x) // config.spikes_per_seed, rng)
+    parts = {int(k): x[label == k] for k in np.unique(label)}
+    depth: dict[tuple[int, int], float] = {}
+    while len(parts) > 1:
+        for a, b in _near_pairs(parts):
+            if (a, b) not in depth:
+                depth[a, b] = valley_ratio(parts[a], parts[b])
+        (a, b), ratio = max(depth.items(), key=lambda item: item[1])
+        if ratio < config.valley_ratio:
+            break
+        label[label == b] = a
+        parts[a] = x[label == a]
+        del parts[b]
+        depth = {pair: value for pair, value in depth.items() if a not in pair and b not in pair}
+    return np.unique(label, return_inverse=True)[1].astype(np.int64)
+
+
+def _near_pairs(parts: dict[int, Floats], n_near: int = 4) -> list[tuple[int, int]]:
+    """Each cluster with its few nearest: a merge of far ones is never the first."""
+    names = np.array(list(parts))
+    means = np.array([part.mean(axis=0) for part in parts.values()])
+    distances = ((means[:, None] - means[None]) ** 2).sum(axis=2)
+    nearest = np.argsort(distances, axis=1, kind="stable")[:, 1 : n_near + 1]
+    pairs = {(int(min(a, b)), int(max(a, b))) for a, row in zip(names, names[nearest], strict=True) for b in row}
+    return sorted(pairs)
+
+
+def valley_ratio(a: Floats, b: Floats) -> float:
+    """Tell how deep the valley between two clusters is along their linear discriminant.
+
+    Parameters
+    ----------
+    a, b : ndarray, shape (n, n_dims), float32
+        Members of the two clusters.
+
+    Returns
+    -------
+    float
+        Smallest density between the two medians over the lower of the two peak densities: 1 for one hill, near 0 for two.
+
+    Examples
+    --------
+    >>> rng = np.random.default_rng(0)
+    >>> x = rng.normal(size=(400, 3)).astype(np.float32)
+    >>> valley_ratio(x[:200], x[200:]) > 0.8, valley_ratio(x[:200], x[200:] + 6) < 0.2
+    (True, True)
+    """
+    n_dims = a.shape[1]
+    ca, cb = a - a.mean(axis=0), b - b.mean(axis=0)
+    covariance = (ca.T @ ca + cb.T @ cb).astype(np.float64) / max(len(a) + len(b) - 2, 1)
+    covariance += (0.1 * np.trace(covariance) / n_dims + 1e-9) * np.eye(n_dims)
+    axis = np.linalg.solve(covariance, (b.mean(axis=0) - a.mean(axis=0)).astype(np.float64))
+    left, right = a @ axis, b @ axis
+    low, high = float(np.median(left)), float(np.median(right))
+    width = max(float(np.sqrt((left.var() * len(left) + right.var() * len(right)) / (len(left) + len(right)))), 1e-9)
+    both = np.sort(np.concatenate([left, right]))
+    grid = np.linspace(low - width, high + width, 48)
+    bandwidth = width * (len(both) / 2) ** -0.2
+    density = np.exp(-0.5 * ((grid[:, None] - both) / bandwidth) ** 2).sum(axis=1)
+    between = density[(grid >= low) & (grid <= high)]
+    peak = min(density[grid <= low + width].max(), density[grid >= high - width].max())
+    return float(between.min() / peak) if len(between) else 1.0
+
+
+def template_mismatch(
+    a: Floats, b: Floats, neighbors_a: NDArray[np.int32], neighbors_b: NDArray[np.int32], noise: float, max_lag: int = 3
+) -> float:
+    """Compare two templates on the channels they share.
+
+    Parameters
+    ----------
+    a, b : ndarray, shape (n_snippet_samples, n_neighbors), float32
+        Mean snippets in noise units; `neighbors_a`, `neighbors_b` name the channels of their columns.
+    noise : float
+        Variance that averaging left in each sample of their difference, (1/n_a + 1/n_b) noise units squared; taken off.
+    max_lag : int
+        They are slid by up to this many samples: two channels see a trough at slightly different times.
+
+    Returns
+    -------
+    float
+        Energy of the difference over the mean energy, smallest over lags; 0 same, 2 orthogonal. Infinite when a peak channel is not shared.
+    """
+    shared = [(i, int(np.flatnonzero(neighbors_b == c)[0])) for i, c in enumerate(neighbors_a) if c >= 0 and c in neighbors_b]
+    if neighbors_b[0] not in neighbors_a or neighbors_a[0] not in neighbors_b:
+        return float("inf")
+    columns_a, columns_b = np.array(shared).T
+    x, y = a[:, columns_a], b[:, columns_b]
+    n = len(x)
+    best = float("inf")
+    for lag in range(-max_lag, max_lag + 1):
+        u, v = x[max(lag, 0) : n + min(lag, 0)], y[max(-lag, 0) : n + min(-lag, 0)]
+        energy = 0.5 * float((u * u).sum() + (v * v).sum())
+        difference = float(((u - v) ** 2).sum()) - noise * u.size
+        best = min(best, max(difference, 0.0) / max(energy - 0.5 * noise * u.size, 1e-9))
+    return best
+
+
+def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDArray[np.int32], config: ClusterConfig) -> Ints:
+    """Join clusters whose templates agree, best agreement first, as long as no two of a joined unit's clusters contradict."""
+    n = len(template)
+    mismatch = np.full((n, n), np.inf)
+    for i in range(n):
+        for j in range(i):
+            if home[j] in neighbors[home[i]]:
+                noise = 1 / size[i] + 1 / size[j]
+                mismatch[i, j] = template_mismatch(template[i], template[j], neighbors[home[i]], neighbors[home[j]], noise)
+    unit = np.arange(n)
+    order = np.argwhere(mismatch < config.same_template)
+    for i, j in order[np.argsort(mismatch[order[:, 0], order[:, 1]], kind="stable")]:
+        ours, theirs = np.flatnonzero(unit == unit[i]), np.flatnonzero(unit == unit[j])
+        across = np.fmin(mismatch[np.ix_(ours, theirs)], mismatch[np.ix_(theirs, ours)].T)
+        comparable = across[np.isfinite(across)]
+        if unit[i] != unit[j] and comparable.mean() < 2 * config.same_template:
+            unit[theirs] = unit[i]
+    return unit
+
+
+def _drop_echoes(
+    unit: Ints, members: list[Ints], times: Ints, height: NDArray[np.float64], home: Ints, neighbors: NDArray[np.int32], rate: float
+) -> Ints:
+    """Reject clusters that ride on a larger one: most of their spikes lie at one lag, under 1.5 ms, from its spikes."""
+    span, width = int(1.5e-3 * rate), max(int(0.25e-3 * rate), 1)
+    out = unit.copy()
+    for k in np.flatnonzero(unit >= 0):
+        for j in np.flatnonzero((unit >= 0) & (height > 1.3 * height[k])):
+            if home[j] not in neighbors[home[k]] or unit[j] == unit[k]:
+                continue
+            lags = _lags(times[members[j]], times[members[k]], span)
+            if len(lags) > 0.5 * len(members[k]):
+                counts = np.convolve(np.bincount(lags + span, minlength=2 * span + 1), np.ones(width), "same")
+                if counts.max() > 0.5 * len(members[k]):
+                    out[k] = -1
+                    break
+    return out
+
+
+def _lags(reference: Ints, times: Ints, span: int) -> Ints:
+    """Lag of each time to its nearest reference, those within +-span."""
+    right = np.clip(np.searchsorted(reference, times), 0, len(reference) - 1)
+    left = np.maximum(right - 1, 0)
+    to_right, to_left = times - reference[right], times - reference[left]
+    lag = np.where(np.abs(to_right) < np.abs(to_left), to_right, to_left)
+    kept: Ints = lag[np.abs(lag) <= span]
+    return kept

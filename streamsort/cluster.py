@@ -1,0 +1,217 @@
+"""The online prototypes: which unit a spike belongs to, and how units move, appear and come back.
+
+State is one store of prototypes. A unit has one prototype on each channel where its spikes peak, so a unit between two contacts, or one
+that drifts from one to the next, keeps one identity. `predict` only reads; `learn` runs at fixed multiples of sample_index, so that any
+chunking gives the same units. Learning does two things: prototypes follow the spikes they were given, and spikes that fitted none are
+kept per channel until they form a compact group; such a group either carries a known unit's template (the unit moved here) or opens a
+new unit. What hugs the threshold becomes a reject prototype, which attracts noise and names nothing.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsort.calibrate import Calibration, split_by_valleys, template_mismatch
+from streamsort.config import ClusterConfig
+from streamsort.kernels_cluster import assign_nearest, follow, whiten_rows
+from streamsort.records import UNSORTED
+
+Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What `predict` says of each peak.
+
+    Attributes
+    ----------
+    unit : ndarray, shape (n_peaks,), int64
+        Unit id, -1 when the peak fits no unit.
+    prototype : ndarray, shape (n_peaks,), int64
+        Row of the store, -1 for an outlier.
+    white : ndarray, shape (n_peaks, n_dims), float32
+        Whitened embeddings.
+    distance : ndarray, shape (n_peaks,), float32
+        Squared distance to the nearest prototype over its spread; about n_dims for a typical member, infinite without a candidate.
+    confidence : ndarray, shape (n_peaks,), float32
+        Posterior of the unit among the candidates; 0 for unit -1.
+    """
+
+    unit: Ints
+    prototype: Ints
+    white: Floats
+    distance: Floats
+    confidence: Floats
+
+
+@dataclass(frozen=True)
+class Newcomer:
+    """A compact group of spikes that fitted no prototype; `unit` is the known unit whose template it has, or -1."""
+
+    channel: int
+    unit: int
+    n_spikes: int
+    mean: Floats
+    spread: float
+    template: Floats
+
+
+class Prototypes:
+    """Hold the prototypes and keep them up to date.
+
+    Parameters
+    ----------
+    calibration : Calibration
+        Its units are named by `unit_ids`.
+    unit_ids : sequence of int
+        Published id of each calibrated unit.
+    neighbors : ndarray, shape (n_channels, n_neighbors), int32
+        Channels of a snippet's columns.
+    detect_threshold : float
+        In noise units.
+    config : ClusterConfig
+    seed : int
+        Of the k-means starts of discovery.
+    """
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        unit_ids: list[int],
+        neighbors: NDArray[np.int32],
+        detect_threshold: float,
+        config: ClusterConfig,
+        seed: int = 0,
+    ) -> None:
+        self.whitening = calibration.whitening
+        self.neighbors = neighbors
+        self._config = config
+        self._rng = np.random.default_rng(seed)
+        self._min_height = detect_threshold + config.noise_excess / detect_threshold
+        ids = np.array([*unit_ids, UNSORTED], np.int64)
+        self.channel: Ints = calibration.channel.copy()
+        self.unit: Ints = ids[calibration.unit]
+        self.n_spikes: Ints = calibration.n_spikes.copy()
+        self.mean: Floats = calibration.mean.copy()
+        self.spread: Floats = calibration.spread.copy()
+        self.template: Floats = calibration.template.copy()
+        self._pending: dict[int, list[tuple[int, Floats, Floats]]] = {}
+        self._refresh()
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def predict(self, embeddings: Floats, channel: NDArray[Any]) -> Assignment:
+        """Assign each embedding to the most probable prototype on its channel, or to none.
+
+        Parameters
+        ----------
+        embeddings : ndarray, shape (n_peaks, n_dims), float32
+        channel : ndarray, shape (n_peaks,), integer
+            Peak channel of each.
+        """
+        n, n_dims = embeddings.shape
+        white = np.empty((n, n_dims), np.float32)
+        whiten_rows(embeddings, self.whitening, white)
+        prototype = np.empty(n, np.int64)
+        distance, confidence = np.empty(n, np.float32), np.empty(n, np.float32)
+        assign_nearest(
+            white, channel.astype(np.int64), self._table, self.mean, self._scale, self._log_weight, self.unit, self._scores,
+            prototype, distance, confidence,
+        )  # fmt: skip
+        prototype[distance > self._config.outlier * n_dims] = UNSORTED
+        unit = np.where(prototype >= 0, self.unit[prototype], UNSORTED) if len(self) else prototype.copy()
+        confidence[unit < 0] = 0
+        return Assignment(unit, prototype, white, distance, confidence)
+
+    def learn(self, assignment: Assignment, peaks: NDArray[Any], snippets: Floats) -> None:
+        """Let prototypes follow their clear spikes and remember the spikes that fitted none.
+
+        Parameters
+        ----------
+        assignment : Assignment
+        peaks : ndarray, shape (n_peaks,), PEAK_DTYPE
+        snippets : ndarray, shape (n_peaks, n_snippet_samples, n_neighbors), float32
+            In noise units.
+        """
+        n_dims = self.mean.shape[1]
+        clear = (assignment.distance < self._config.clear * n_dims) & (assignment.prototype >= 0)
+        teacher = np.where(clear, assignment.prototype, UNSORTED)
+        follow(assignment.white, snippets, teacher, self._config.slowest, self.n_spikes, self.mean, self.spread, self.template)
+        for i in np.flatnonzero(assignment.prototype < 0):
+            waiting = self._pending.setdefault(int(peaks["channel"][i]), [])
+            waiting.append((int(peaks["sample_index"][i]), assignment.white[i], snippets[i]))
+        self._refresh()
+
+    def discover(self, oldest_sample: int) -> list[Newcomer]:
+        """Look for compact groups among the spikes that fitted no prototype since `oldest_sample`; the groups found are taken out."""
+        found = []
+        for channel in sorted(self._pending):
+            waiting = [item for item in self._pending[channel] if item[0] >= oldest_sample][-8 * self._config.birth_spikes :]
+            self._pending[channel] = waiting
+            if len(waiting) >= self._config.birth_spikes:
+                groups = self._groups(channel, waiting)
+                found += groups
+                # Looked at once: half of them go, so that the next look has mostly new ones.
+                self._pending[channel] = [] if groups else waiting[len(waiting) // 2 :]
+        return found
+
+    def add(self, newcomer: Newcomer, unit_id: int) -> None:
+        """Store a prototype for `unit_id` (-1: a reject prototype)."""
+        self.channel = np.append(self.channel, newcomer.channel)
+        self.unit = np.append(self.unit, unit_id)
+        self.n_spikes = np.append(self.n_spikes, newcomer.n_spikes)
+        self.mean = np.concatenate([self.mean, newcomer.mean[None]])
+        self.spread = np.append(self.spread, np.float32(newcomer.spread))
+        self.template = np.concatenate([self.template, newcomer.template[None]])
+        self._refresh()
+
+    def is_noise(self, newcomer: Newcomer) -> bool:
+        """Tell whether a group hugs the detection threshold, as noise does."""
+        return bool(np.abs(newcomer.template[:, 0]).max() < self._min_height)
+
+    def home(self, unit_id: int) -> int:
+        """Return the row of a unit's largest prototype."""
+        rows = np.flatnonzero(self.unit == unit_id)
+        return int(rows[np.argmax(self.n_spikes[rows])])
+
+    def _refresh(self) -> None:
+        """Derive what `predict` reads from the store: candidates per channel, weights, scales within bounds."""
+        n_channels = len(self.neighbors)
+        order = np.argsort(self.channel, kind="stable")
+        counts = np.bincount(self.channel, minlength=n_channels)
+        width = max(int(counts.max(initial=0)), 1)
+        self._table = np.full((n_channels, width), -1, np.int32)
+        column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+        self._table[self.channel[order], column] = order
+        self._scores = np.empty(width, np.float32)
+        self._scale = np.clip(self.spread, 0.5, 3.0).astype(np.float32)
+        self._log_weight = np.log(np.minimum(self.n_spikes, 1000)).astype(np.float32)
+
+    def _groups(self, channel: int, waiting: list[tuple[int, Floats, Floats]]) -> list[Newcomer]:
+        white = np.array([item[1] for item in waiting])
+        snippets = np.array([item[2] for item in waiting])
+        label = split_by_valleys(white, self._config, self._rng)
+        found = []
+        for k in range(int(label.max()) + 1):
+            x = white[label == k]
+            mean = x.mean(axis=0)
+            spread = float(np.mean((x - mean) ** 2))
+            if len(x) >= self._config.birth_spikes and spread < self._config.compact:
+                template = snippets[label == k].mean(axis=0)
+                found.append(Newcomer(channel, self._whose(channel, template, len(x)), len(x), mean, spread, template))
+        return found
+
+    def _whose(self, channel: int, template: Floats, n_spikes: int) -> int:
+        """Name the unit whose template this is, or -1."""
+        best, owner = self._config.same_template, UNSORTED
+        for row in np.flatnonzero((self.unit >= 0) & np.isin(self.channel, self.neighbors[channel])):
+            noise = 1 / n_spikes + 1 / min(int(self.n_spikes[row]), int(1 / self._config.slowest))
+            neighbors = self.neighbors[self.channel[row]]
+            mismatch = template_mismatch(template, self.template[row], self.neighbors[channel], neighbors, noise)
+            if mismatch < best:
+                best, owner = mismatch, int(self.unit[row])
+        return owner

@@ -1,0 +1,100 @@
+"""The queue between two threads of a stream.
+
+Items go in with a weight (samples, or bytes) and come out in order. What is bounded is the summed weight, so memory is, however
+large single items are; what a full queue means is the writer's choice among `put`, `offer` and `push`.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+ITEM_BYTES = 1 << 10  # what a batch or an output weighs beside its arrays
+
+T = TypeVar("T")
+
+
+class BoundedQueue(Generic[T]):
+    """Hand items from one thread to another, bounded by their summed weight.
+
+    An item heavier than the limit is taken when the queue is empty. After `close` the rest can still be taken; after `abort` not.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._items: deque[tuple[T, float]] = deque()
+        self._weight = 0.0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @property
+    def weight(self) -> float:
+        return self._weight
+
+    def put(self, item: T, weight: float) -> bool:
+        """Append when there is room, however long that takes; False when nobody reads any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._has_room(weight))
+            return self._append(item, weight)
+
+    def offer(self, item: T, weight: float) -> bool:
+        """Append if there is room now."""
+        with self._changed:
+            return self._has_room(weight) and self._append(item, weight)
+
+    def push(self, item: T, weight: float) -> int:
+        """Append in any case; return how many of the oldest had to go."""
+        n_dropped = 0
+        with self._changed:
+            while not self._has_room(weight):
+                self._weight -= self._items.popleft()[1]
+                n_dropped += 1
+            self._append(item, weight)
+        return n_dropped
+
+    def take(self, limit: float = 0.0) -> list[T]:
+        """Wait for an item and take it, with those after it up to a summed weight; an empty list says that no more will come."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._items or self._closed)
+            taken: list[T] = []
+            weight = 0.0
+            while self._items and (not taken or weight + self._items[0][1] <= limit):
+                item, item_weight = self._items.popleft()
+                taken.append(item)
+                weight += item_weight
+            self._weight -= weight
+            self._changed.notify_all()
+            return taken
+
+    def __iter__(self) -> Iterator[T]:
+        """Take one after the other until no more will come."""
+        while taken := self.take():
+            yield from taken
+
+    def close(self) -> None:
+        """Say that nothing more will be put."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def abort(self) -> None:
+        """Discard what is waiting and refuse what is put from now on."""
+        with self._changed:
+            self._items.clear()
+            self._weight = 0.0
+            self._closed = True
+            self._changed.notify_all()
+
+    def _has_room(self, weight: float) -> bool:
+        return not self._items or self._weight + weight <= self._limit
+
+    def _append(self, item: T, weight: float) -> bool:
+        if self._closed:
+            return False
+        self._items.append((item, weight))
+        self._weight += weight
+        self._changed.notify_all()
+        return True

@@ -1,0 +1,69 @@
+"""Chunks of a file or a simulation on an absolute schedule.
+
+In comes an iterable of sample blocks, out come `Chunk`s: at once, or each when its last sample is due at `speed` times real time.
+Due times are computed from the first one, so neither a late wake-up nor a slow consumer makes the schedule drift.
+"""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from threading import Event
+from typing import Any
+
+from numpy.typing import NDArray
+
+from streamsort.errors import StreamsortError
+from streamsort.records import Chunk
+
+
+def check_speed(speed: float | None) -> float | None:
+    """Return `speed`, or refuse what is not a positive multiple of real time."""
+    if speed is not None and not (math.isfinite(speed) and speed > 0):
+        raise StreamsortError(f"speed {speed:g}, expected a positive multiple of real time")
+    return speed
+
+
+def chunk_length(sampling_frequency: float, chunk_ms: float, chunk_samples: int | None) -> int:
+    """Convert the wished chunk to samples, at least one.
+
+    Raises
+    ------
+    StreamsortError
+        If the length is not a positive number.
+    """
+    if chunk_samples is not None:
+        if chunk_samples < 1:
+            raise StreamsortError(f"chunk_samples {chunk_samples}, expected 1 or more")
+        return int(chunk_samples)
+    if not (math.isfinite(chunk_ms) and chunk_ms > 0):
+        raise StreamsortError(f"chunk_ms {chunk_ms:g}, expected a positive number of ms")
+    return max(round(chunk_ms * sampling_frequency / 1000), 1)
+
+
+def paced_chunks(blocks: Iterable[NDArray[Any]], sampling_frequency: float, speed: float | None, closed: Event) -> Iterator[Chunk]:
+    """Turn blocks of samples into chunks, each when its last sample is due.
+
+    Parameters
+    ----------
+    blocks : iterable of ndarray, shape (n_samples, n_channels)
+        Contiguous in time; one chunk is made of each.
+    speed : float or None
+        None yields at once with `t_origin` 0. Otherwise `t_origin` is such that the chunk's end falls on its due time, which at
+        speed 1 dates every sample.
+    closed : threading.Event
+        Ends the iteration, also in the middle of a wait.
+    """
+    start_sample = 0
+    t_origin = t_start = 0.0
+    for traces in blocks:
+        if start_sample == 0:
+            t_start = time.monotonic()  # not before: making the first block may take long
+        end_sample = start_sample + len(traces)
+        if speed is not None:
+            t_due = t_start + end_sample / (sampling_frequency * speed)
+            t_origin = t_due - end_sample / sampling_frequency
+            closed.wait(max(t_due - time.monotonic(), 0.0))
+        if closed.is_set():
+            return
+        yield Chunk(start_sample, traces, t_origin, time.monotonic())
+        start_sample = end_sample

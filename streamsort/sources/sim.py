@@ -1,0 +1,161 @@
+"""A simulated recording as a source: `sim:seconds=60,units=12,probe=grid32,drift_um=10,seed=1`.
+
+The keys are the fields of `SimulationConfig` (`units` and `probe` are short for `n_units` and `probe_name`); a range is written
+`snr=4:15`. Samples come as int16 with the headstages' usual gain, in chunks of the wished length, at once or paced. The one thread
+makes the next block while this one is delivered: a second of 32 channels takes a good part of a chunk's time many times over.
+"""
+
+import difflib
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from types import TracebackType
+from typing import Any, Self, get_type_hints
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsort.errors import StreamsortError
+from streamsort.probe import Probe
+from streamsort.records import Chunk, StreamInfo
+from streamsort.simulate import GAIN_UV, SimulationConfig, simulated_blocks
+from streamsort.sources import check_probe
+from streamsort.sources.pace import check_speed, chunk_length, paced_chunks
+
+_SHORT = {"units": "n_units", "probe": "probe_name"}
+
+
+class Simulation:
+    """Stream a simulated recording.
+
+    Parameters
+    ----------
+    options : str
+        `key=value,...` after `sim:`; empty for the defaults.
+    probe : Probe, optional
+        Used instead of the simulated one.
+    speed, chunk_ms, chunk_samples
+        As in `Recording`.
+
+    Attributes
+    ----------
+    info : StreamInfo
+    config : SimulationConfig
+        From which the truth can be had.
+    n_samples : int
+
+    Raises
+    ------
+    StreamsortError
+        If a key is unknown or a value is not of its kind.
+    """
+
+    def __init__(
+        self,
+        options: str,
+        *,
+        probe: Probe | None = None,
+        speed: float | None = None,
+        chunk_ms: float = 1.0,
+        chunk_samples: int | None = None,
+    ) -> None:
+        self.config = parse_options(options)
+        n_channels = self.config.probe.n_channels
+        self.info = StreamInfo(
+            name="simulation",
+            sampling_frequency=self.config.sampling_frequency,
+            n_channels=n_channels,
+            dtype=np.dtype(np.int16),
+            gain_uv=np.full(n_channels, GAIN_UV, np.float32),
+            probe=check_probe(probe, n_channels, "the simulation") or self.config.probe,
+            live=speed is not None,
+        )
+        self.n_samples = self.config.n_samples
+        self.counters: dict[str, int] = {}
+        self._speed = check_speed(speed)
+        self._chunk_samples = chunk_length(self.config.sampling_frequency, chunk_ms, chunk_samples)
+        self._closed = Event()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        blocks = rechunked(self._made_ahead(), self._chunk_samples)
+        return paced_chunks(blocks, self.info.sampling_frequency, self._speed, self._closed)
+
+    def close(self) -> None:
+        """End every iteration, also one that waits for its next chunk."""
+        self._closed.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _made_ahead(self) -> Iterator[NDArray[np.int16]]:
+        blocks = simulated_blocks(self.config)
+        with ThreadPoolExecutor(1, "simulate") as maker:
+            made = maker.submit(next, blocks, None)
+            while (block := made.result()) is not None:
+                made = maker.submit(next, blocks, None)
+                yield block
+
+
+def parse_options(options: str) -> SimulationConfig:
+    """Read `key=value,...` into a `SimulationConfig`.
+
+    Raises
+    ------
+    StreamsortError
+        If a key is unknown (the nearest one is named) or a value does not fit.
+    """
+    hints = get_type_hints(SimulationConfig)
+    del hints["silences"]  # a table of numbers, not for one line
+    known = [*_SHORT, *hints]
+    values: dict[str, Any] = {}
+    for option in filter(None, options.split(",")):
+        key, equals, text = option.partition("=")
+        name = _SHORT.get(key, key)
+        if name not in hints:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+            raise StreamsortError(f"sim: unknown key {key!r}; {hint}")
+        if not equals or name in values:
+            raise StreamsortError(f"sim: {option!r}, expected {key}=value once")
+        values[name] = _convert(hints[name], text, key)
+    return SimulationConfig(**values)
+
+
+def _convert(kind: Any, text: str, key: str) -> Any:
+    """Turn the text of an option into what the field takes; a range is written low:high."""
+    try:
+        if kind is int:
+            return int(text)
+        if kind is float:
+            return _finite(text)
+        if kind == tuple[float, float]:
+            low, high = text.split(":")
+            return _finite(low), _finite(high)
+    except ValueError:
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "low:high")
+        raise StreamsortError(f"sim: {key} = {text!r}, expected {wanted}") from None
+    return text
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def rechunked(blocks: Iterator[NDArray[Any]], n_samples: int) -> Iterator[NDArray[Any]]:
+    """Cut contiguous blocks into chunks of `n_samples`, whatever the blocks' lengths; the last one may be shorter."""
+    rest: NDArray[Any] | None = None
+    for block in blocks:
+        joined = block if rest is None else np.concatenate([rest, block])
+        whole = len(joined) - len(joined) % n_samples
+        for start in range(0, whole, n_samples):
+            yield joined[start : start + n_samples].copy()
+        rest = joined[whole:]
+    if rest is not None and len(rest):
+        yield rest.copy()

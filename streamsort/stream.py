@@ -1,0 +1,360 @@
+"""The threads of a running sorter; the only file that starts any to sort, and that holds queues between them.
+
+Chunks of a `Source` go in, each `Output` goes to every sink, and between them are the threads acquire, detect, assign and one
+publisher per sink, each behind a bounded queue. They only move what the `Sorter` computes, so the spikes are those of
+`Sorter.process` called in a loop.
+
+When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait:
+detection still waits for assignment, but once `queue_s` seconds of chunks are waiting for detection, new ones are dropped, and the
+next one taken carries a `Gap` of kind `overrun`; and a sink that does not keep up loses its oldest outputs, for itself alone.
+"""
+
+import contextlib
+import gc
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from streamsort.config import StreamConfig
+from streamsort.latency import LatencyHistogram
+from streamsort.publish import Publisher
+from streamsort.queues import ITEM_BYTES, BoundedQueue
+from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Flag, Gap, Output, PeakBatch
+from streamsort.sinks import Sink
+from streamsort.sources import Source
+
+if TYPE_CHECKING:
+    from streamsort.sorter import Sorter
+
+# With the interpreter's 5 ms a thread that returns from a kernel waits up to that long for its turn beside one that runs Python.
+_SWITCH_INTERVAL_S = 1e-4
+_ENCODE_BYTES = 2 << 20  # about 1000 snippets: past that, waiting for more costs latency and wins no throughput
+_BATCHES_BYTES = 64 << 20
+_SINK_BYTES = 16 << 20  # some 10 s of a busy probe
+_ARCHIVE_BYTES = 256 << 20  # some minutes: what an archive loses is lost for good
+
+
+@dataclass
+class _Counts:
+    """What a stream counts; each field is written by one thread."""
+
+    chunks: int = 0
+    samples_acquired: int = 0
+    overruns: int = 0  # chunks dropped
+    samples_overrun: int = 0
+    peaks: int = 0
+    spikes: int = 0
+    unsorted: int = 0
+    late: int = 0
+    samples_lost: dict[str, int] = field(default_factory=dict)  # by kind of gap
+
+
+class Stream:
+    """Sort a source in threads until it ends or is stopped.
+
+    Parameters
+    ----------
+    source : Source
+        Closed by the stream.
+    sorter : Sorter
+    sinks : sequence of Sink
+        Each gets every output, on a thread of its own, and is closed by the stream. The latency in the status is the first one's.
+    archive : Sink, optional
+        The writer of the session; a sink with a much longer queue.
+    config : StreamConfig, optional
+        By default the sorter's.
+    on_status : callable, optional
+        Called with `status()` about every `status_s` by the thread that is in `wait`, also while the source is silent.
+
+    Examples
+    --------
+    ::
+
+        with Stream(source, sorter, [open_sink("tcp://127.0.0.1:5560", info=source.info)]) as stream:
+            stream.wait()
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sorter: "Sorter",
+        sinks: Sequence[Sink] = (),
+        *,
+        archive: Sink | None = None,
+        config: StreamConfig | None = None,
+        on_status: Callable[[dict[str, Any]], None] | None = None,
+    ) -> None:
+        self._source, self._sorter, self._on_status = source, sorter, on_status
+        self._config = sorter.config.stream if config is None else config
+        self._live = source.info.live
+        self._chunks: BoundedQueue[Chunk] = BoundedQueue(self._config.queue_s * source.info.sampling_frequency)
+        self._batches: BoundedQueue[tuple[PeakBatch, float]] = BoundedQueue(_BATCHES_BYTES)
+        self._publishers = [Publisher(sink, _SINK_BYTES, self._live) for sink in sinks]
+        if archive is not None:
+            self._publishers.append(Publisher(archive, _ARCHIVE_BYTES, self._live))
+        self._latency = {stage: LatencyHistogram() for stage in ("acquire", "detect", "assign")}
+        if self._publishers:
+            self._latency |= {"publish": self._publishers[0].publish_latency, "total": self._publishers[0].total_latency}
+        self._counts = _Counts()
+        self._sorter_status: dict[str, Any] = {}
+        self._dropped: list[Gap] = []
+        self._status_due = 0.0
+        self._through_sample = 0
+        self._threads: list[threading.Thread] = []
+        self._n_running = 0
+        self._lock = threading.Lock()
+        self._stopping = threading.Event()
+        self._ended = threading.Event()
+        self._failure: BaseException | None = None
+        self._restore = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop; abort when the block was left by an exception other than Ctrl-C."""
+        if error is None or isinstance(error, KeyboardInterrupt):
+            self.stop()
+        else:
+            self.abort()
+
+    def start(self) -> None:
+        """Warm the sorter up and start the threads; a stream runs once, and starting it again does nothing."""
+        if self._threads or self._ended.is_set():
+            return
+        try:
+            self._sorter.warmup()
+        except BaseException:
+            self.abort()
+            raise
+        self._restore.enter_context(_low_latency())
+        self._add_thread("acquire", self._acquire, None, [self._chunks])
+        self._add_thread("detect", self._detect, self._chunks, [self._batches])
+        self._add_thread("assign", self._assign, self._batches, [publisher.queue for publisher in self._publishers])
+        for k, publisher in enumerate(self._publishers):
+            self._add_thread(f"publish-{k}-{publisher.name}", publisher.run, publisher.queue, [])
+        self._n_running = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the source has ended and all of it is published; False if that takes longer than `timeout` seconds.
+
+        Raises
+        ------
+        BaseException
+            The first one that ended a thread of the stream.
+        """
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout
+        while not self._ended.wait(max(min(self._config.status_s, deadline - time.monotonic()), 0.0)):
+            if self._on_status is not None:
+                self._on_status(self.status())
+            if time.monotonic() >= deadline:
+                return False
+        self._finish()
+        return True
+
+    def stop(self) -> None:
+        """Stop acquiring, sort and publish all that was acquired, and close the sinks; not to be called by a sink.
+
+        Raises
+        ------
+        BaseException
+            The first one that ended a thread of the stream.
+        """
+        self._stop_acquiring()
+        self._finish()
+
+    def abort(self) -> None:
+        """Stop, discard all that is not yet published, and close the sinks; what ended a thread is not raised."""
+        queues: list[BoundedQueue[Any]] = [self._chunks, self._batches, *(publisher.queue for publisher in self._publishers)]
+        for queue in queues:
+            queue.abort()
+        self._stop_acquiring()
+        self._join()
+
+    def status(self) -> dict[str, Any]:
+        """Return counters, queue depths and latencies in ms; from any thread, and ready for JSON.
+
+        The stages follow each other: `acquire` is from the newest sample of a chunk to the chunk, `detect` from there to its peaks,
+        `assign` from there to units, `publish` from there until the sink has returned; each with the time in its queue. `total` is
+        from the trough of each spike to the sink's return, so it holds `floor_ms` of look-ahead and the filling of the chunk too.
+        `acquire` and `total` exist for a live source only, whose samples have a time on the host's clock.
+        """
+        counts = self._counts
+        milliseconds = 1e3 / self._source.info.sampling_frequency
+        return {
+            **self._sorter_status,
+            "time": time.monotonic(),
+            "live": self._live,
+            "floor_ms": self._sorter.margin_samples * milliseconds,
+            **{name: value for name, value in vars(counts).items() if name != "samples_lost"},
+            "samples_lost": dict(counts.samples_lost),
+            "outputs_dropped": sum(publisher.n_dropped for publisher in self._publishers),
+            "sink_errors": sum(publisher.n_errors for publisher in self._publishers),
+            "queues": {"chunks_ms": self._chunks.weight * milliseconds, "batches": len(self._batches)},
+            "sinks": [publisher.status() for publisher in self._publishers],
+            "latency_ms": {stage: histogram.summary() for stage, histogram in self._latency.items()},
+            "latency_interval_ms": {stage: histogram.interval() for stage, histogram in self._latency.items()},
+        }
+
+    def _acquire(self) -> None:
+        chunk = None
+        with contextlib.closing(self._source):
+            for chunk in self._source:
+                self._accept(chunk)
+                if self._stopping.is_set():
+                    break
+        if chunk is not None and self._dropped:  # no next chunk will tell of them
+            nothing = np.empty((0, chunk.traces.shape[1]), chunk.traces.dtype)
+            self._chunks.put(Chunk(chunk.end_sample, nothing, chunk.t_origin, chunk.t_acquired, tuple(self._dropped)), 0)
+
+    def _accept(self, chunk: Chunk) -> None:
+        """Queue a chunk, with what was dropped before it; or drop it."""
+        counts = self._counts
+        offered = replace(chunk, gaps=(*self._dropped, *chunk.gaps)) if self._dropped else chunk
+        put = self._chunks.offer if self._live else self._chunks.put
+        if put(offered, chunk.n_samples):
+            self._dropped = []
+            counts.chunks += 1
+            counts.samples_acquired += chunk.n_samples
+        else:
+            self._drop(chunk)
+            counts.overruns += 1
+            counts.samples_overrun += chunk.n_samples
+        if self._live:
+            t_newest = chunk.t_origin + chunk.end_sample / self._source.info.sampling_frequency
+            self._latency["acquire"].add(chunk.t_acquired - t_newest)
+
+    def _drop(self, chunk: Chunk) -> None:
+        """Remember what is missing, as one gap while chunk follows chunk."""
+        last = self._dropped[-1] if self._dropped and not chunk.gaps else None
+        if last is not None and last.kind == "overrun" and last.start_sample + last.n_samples == chunk.start_sample:
+            self._dropped[-1] = replace(last, n_samples=last.n_samples + chunk.n_samples)
+        else:
+            self._dropped += [*chunk.gaps, Gap(chunk.start_sample, chunk.n_samples, "overrun")]
+
+    def _detect(self) -> None:
+        for chunk in self._chunks:
+            for batch in self._sorter.detect(chunk):
+                now = time.monotonic()
+                self._latency["detect"].add(now - chunk.t_acquired)
+                self._batches.put((batch, now), batch.snippets.nbytes + ITEM_BYTES)
+
+    def _assign(self) -> None:
+        """Encode all that is waiting in one go, so that batches form by themselves under load."""
+        while taken := self._batches.take(_ENCODE_BYTES):
+            embeddings = self._sorter.encode([batch for batch, _ in taken])
+            for (batch, t_detected), rows in zip(taken, embeddings, strict=True):
+                output = self._sorter.assign(batch, rows)
+                now = time.monotonic()
+                self._latency["assign"].add(now - t_detected)
+                self._count(batch, output, now)
+                if now >= self._status_due:
+                    self._attach_status(output, now)
+                self._hand_over(output, now)
+                self._sorter.learn()
+        last = Output(self._through_sample, np.empty(0, SPIKE_DTYPE))
+        self._attach_status(last, time.monotonic())
+        self._hand_over(last, time.monotonic())
+
+    def _count(self, batch: PeakBatch, output: Output, now: float) -> None:
+        """Count an output, and flag its late spikes."""
+        counts, spikes = self._counts, output.spikes
+        if self._live:
+            late = now - spikes["time"] > self._config.deadline_ms / 1e3
+            spikes["flags"][late] |= int(Flag.LATE)
+            counts.late += int(late.sum())
+        counts.peaks += len(batch.peaks)
+        counts.spikes += len(spikes)
+        counts.unsorted += int((spikes["unit_id"] == UNSORTED).sum())
+        for gap in output.gaps:  # into a new dict, since another thread may be reading the old one
+            n_lost = counts.samples_lost.get(gap.kind, 0) + gap.n_samples
+            counts.samples_lost = {**counts.samples_lost, gap.kind: n_lost}
+        self._through_sample = output.through_sample
+
+    def _attach_status(self, output: Output, now: float) -> None:
+        sorter = self._sorter
+        output.units = sorter.units_table()
+        self._sorter_status = {
+            "calibrated": sorter.calibrated,
+            "progress": sorter.progress,
+            "n_units": len(output.units),
+            **sorter.counters(),
+        }
+        for histogram in self._latency.values():
+            histogram.end_interval()
+        output.status = self.status()
+        self._status_due = now + self._config.status_s
+
+    def _hand_over(self, output: Output, now: float) -> None:
+        for publisher in self._publishers:
+            publisher.hand_over(output, now)
+
+    def _add_thread(
+        self, name: str, stage: Callable[[], None], inbox: BoundedQueue[Any] | None, outboxes: Sequence[BoundedQueue[Any]]
+    ) -> None:
+        # Daemons, so that a sink that hangs cannot keep a process alive that was told twice to end.
+        run = threading.Thread(target=self._run, args=(stage, inbox, outboxes), name=f"streamsort-{name}", daemon=True)
+        self._threads.append(run)
+
+    def _run(self, stage: Callable[[], None], inbox: BoundedQueue[Any] | None, outboxes: Sequence[BoundedQueue[Any]]) -> None:
+        """Run a stage to its end; then the stage before it need not wait, and those after it finish what they have."""
+        try:
+            stage()
+        except BaseException as error:
+            with self._lock:
+                self._failure = self._failure or error
+            self._stop_acquiring()
+        finally:
+            if inbox is not None:
+                inbox.abort()
+            for outbox in outboxes:
+                outbox.close()
+            with self._lock:
+                self._n_running -= 1
+                if self._n_running == 0:
+                    self._ended.set()
+
+    def _stop_acquiring(self) -> None:
+        self._stopping.set()
+        self._source.close()
+
+    def _finish(self) -> None:
+        self._join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _join(self) -> None:
+        if not self._threads and not self._ended.is_set():  # never started
+            for publisher in self._publishers:
+                publisher.sink.close()
+            self._ended.set()
+        self._ended.wait()
+        for thread in self._threads:
+            thread.join()
+        self._restore.close()
+
+
+@contextlib.contextmanager
+def _low_latency() -> Iterator[None]:
+    """Switch between threads quickly, and keep the collector from walking what was there before.
+
+    The collector stays on: after freezing, a full collection sees only what the stream itself makes, and cycles are still freed.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        sys.setswitchinterval(interval)

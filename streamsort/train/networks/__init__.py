@@ -1,0 +1,1 @@
+"""Encoders that can be trained; each file holds one, read top to bottom."""
