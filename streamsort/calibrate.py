@@ -86,12 +86,12 @@ def calibrate(
     """
     rng = np.random.default_rng(seed)
     channel = peaks["channel"].astype(np.int64)
-    groups = [members for members in _by_channel(channel) if len(members) >= config.min_spikes]
+    groups = [members for members in _by_channel(channel) if len(members) >= config.min_members]
     fine = _number(len(peaks), groups, [_kmeans(embeddings[g], len(g) // 30, rng) for g in groups])
     whitening = _whitening(embeddings, fine)
     white = embeddings @ whitening
     parts = [split_by_valleys(white[g], config, rng) for g in groups]
-    cluster = _drop_small(_number(len(peaks), groups, parts), config.min_spikes)
+    cluster = _drop_small(_number(len(peaks), groups, parts), config.min_members)
     n_clusters = int(cluster.max(initial=-1)) + 1
     members = [np.flatnonzero(cluster == k) for k in range(n_clusters)]
     home = np.array([channel[m[0]] for m in members], np.int64)
@@ -99,10 +99,11 @@ def calibrate(
     template = np.array([snippets[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, *snippets.shape[1:])
     height = np.array([amplitudes[m].mean() for m in members])
     unit = _merge_by_template(template, home, size, neighbors, config)
+    total = np.bincount(unit, weights=size, minlength=1)[unit]
     # The heights of noise above a threshold t exceed it by 1/t on average; a unit's exceed it by more.
     reject = height < detect_threshold + config.noise_excess / detect_threshold
     times = peaks["sample_index"].astype(np.int64)
-    unit = np.where(reject, -1, unit)
+    unit = np.where(reject | (total < config.min_spikes), -1, unit)
     unit = _drop_echoes(unit, members, times, height, home, neighbors, sampling_frequency)
     mean = np.array([white[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, white.shape[1])
     spread = np.array([np.mean((white[m] - mean[k]) ** 2) for k, m in enumerate(members)], np.float32)
@@ -141,8 +142,8 @@ def _renumber(unit: Ints, size: Ints) -> Ints:
 
 
 def _kmeans(x: Floats, n_clusters: int, rng: np.random.Generator, n_iterations: int = 20) -> Ints:
-    """k-means from a k-means++ start (Arthur & Vassilvitskii 2007); at most 16 clusters."""
-    k = int(np.clip(n_clusters, 1, 16))
+    """k-means from a k-means++ start (Arthur & Vassilvitskii 2007); at most 24 clusters."""
+    k = int(np.clip(n_clusters, 1, 24))
     centers = x[rng.integers(len(x), size=1)].astype(np.float64)
     nearest = ((x - centers[0]) ** 2).sum(axis=1)
     while len(centers) < k and nearest.sum() > 0:
@@ -230,7 +231,7 @@ def valley_ratio(a: Floats, b: Floats) -> float:
     covariance += (0.1 * np.trace(covariance) / n_dims + 1e-9) * np.eye(n_dims)
     axis = np.linalg.solve(covariance, (b.mean(axis=0) - a.mean(axis=0)).astype(np.float64))
     left, right = a @ axis, b @ axis
-    low, high = float(np.median(left)), float(np.median(right))
+    low, high = sorted((float(np.median(left)), float(np.median(right))))
     width = max(float(np.sqrt((left.var() * len(left) + right.var() * len(right)) / (len(left) + len(right)))), 1e-9)
     both = np.sort(np.concatenate([left, right]))
     grid = np.linspace(low - width, high + width, 48)
@@ -258,39 +259,37 @@ def template_mismatch(
     Returns
     -------
     float
-        Energy of the difference over the mean energy, smallest over lags; 0 same, 2 orthogonal. Infinite when a peak channel is not shared.
+        Energy of the difference over the mean energy, smallest over lags: 0 same, 2 orthogonal. Infinite when the peak channel of one
+        is not among the other's channels.
     """
-    shared = [(i, int(np.flatnonzero(neighbors_b == c)[0])) for i, c in enumerate(neighbors_a) if c >= 0 and c in neighbors_b]
     if neighbors_b[0] not in neighbors_a or neighbors_a[0] not in neighbors_b:
         return float("inf")
-    columns_a, columns_b = np.array(shared).T
-    x, y = a[:, columns_a], b[:, columns_b]
-    n = len(x)
-    best = float("inf")
+    pairs = [(i, int(np.flatnonzero(neighbors_b == c)[0])) for i, c in enumerate(neighbors_a) if c >= 0 and c in neighbors_b]
+    columns_a, columns_b = np.array(pairs, np.int64).T
+    x, y, n = a[:, columns_a], b[:, columns_b], len(a)
+    smallest = float("inf")
     for lag in range(-max_lag, max_lag + 1):
         u, v = x[max(lag, 0) : n + min(lag, 0)], y[max(-lag, 0) : n + min(-lag, 0)]
-        energy = 0.5 * float((u * u).sum() + (v * v).sum())
+        energy = 0.5 * float((u * u).sum() + (v * v).sum() - noise * u.size)
         difference = float(((u - v) ** 2).sum()) - noise * u.size
-        best = min(best, max(difference, 0.0) / max(energy - 0.5 * noise * u.size, 1e-9))
-    return best
+        smallest = min(smallest, max(difference, 0.0) / max(energy, 1e-9))
+    return smallest
 
 
 def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDArray[np.int32], config: ClusterConfig) -> Ints:
-    """Join clusters whose templates agree, best agreement first, as long as no two of a joined unit's clusters contradict."""
+    """Join clusters whose templates agree, best agreement first, as long as the joined units agree on the whole."""
     n = len(template)
     mismatch = np.full((n, n), np.inf)
     for i in range(n):
-        for j in range(i):
-            if home[j] in neighbors[home[i]]:
-                noise = 1 / size[i] + 1 / size[j]
-                mismatch[i, j] = template_mismatch(template[i], template[j], neighbors[home[i]], neighbors[home[j]], noise)
+        for j in np.flatnonzero(np.isin(home[:i], neighbors[home[i]])):
+            noise = 1 / size[i] + 1 / size[j]
+            mismatch[i, j] = template_mismatch(template[i], template[j], neighbors[home[i]], neighbors[home[j]], noise)
     unit = np.arange(n)
     order = np.argwhere(mismatch < config.same_template)
     for i, j in order[np.argsort(mismatch[order[:, 0], order[:, 1]], kind="stable")]:
         ours, theirs = np.flatnonzero(unit == unit[i]), np.flatnonzero(unit == unit[j])
         across = np.fmin(mismatch[np.ix_(ours, theirs)], mismatch[np.ix_(theirs, ours)].T)
-        comparable = across[np.isfinite(across)]
-        if unit[i] != unit[j] and comparable.mean() < 2 * config.same_template:
+        if unit[i] != unit[j] and across[np.isfinite(across)].mean() < 2 * config.same_template:
             unit[theirs] = unit[i]
     return unit
 

@@ -7,7 +7,8 @@ kept per channel until they form a compact group; such a group either carries a 
 new unit. What hugs the threshold becomes a reject prototype, which attracts noise and names nothing.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,11 @@ class Assignment:
     white: Floats
     distance: Floats
     confidence: Floats
+
+    @classmethod
+    def join(cls, parts: Sequence["Assignment"]) -> "Assignment":
+        """Put several one after the other."""
+        return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,8 @@ class Prototypes:
         self.channel: Ints = calibration.channel.copy()
         self.unit: Ints = ids[calibration.unit]
         self.n_spikes: Ints = calibration.n_spikes.copy()
+        # Weights stay those of calibration: a weight that grows with each spike it won feeds itself.
+        self._log_weight: Floats = np.log(np.maximum(calibration.n_spikes, 1)).astype(np.float32)
         self.mean: Floats = calibration.mean.copy()
         self.spread: Floats = calibration.spread.copy()
         self.template: Floats = calibration.template.copy()
@@ -138,10 +146,10 @@ class Prototypes:
             In noise units.
         """
         n_dims = self.mean.shape[1]
-        clear = (assignment.distance < self._config.clear * n_dims) & (assignment.prototype >= 0)
+        clear = (assignment.distance < self._config.clear * n_dims) & (assignment.confidence > 0.9)
         teacher = np.where(clear, assignment.prototype, UNSORTED)
         follow(assignment.white, snippets, teacher, self._config.slowest, self.n_spikes, self.mean, self.spread, self.template)
-        for i in np.flatnonzero(assignment.prototype < 0):
+        for i in np.flatnonzero(assignment.distance > self._config.strange * n_dims):
             waiting = self._pending.setdefault(int(peaks["channel"][i]), [])
             waiting.append((int(peaks["sample_index"][i]), assignment.white[i], snippets[i]))
         self._refresh()
@@ -164,6 +172,7 @@ class Prototypes:
         self.channel = np.append(self.channel, newcomer.channel)
         self.unit = np.append(self.unit, unit_id)
         self.n_spikes = np.append(self.n_spikes, newcomer.n_spikes)
+        self._log_weight = np.append(self._log_weight, np.log(np.float32(newcomer.n_spikes)))
         self.mean = np.concatenate([self.mean, newcomer.mean[None]])
         self.spread = np.append(self.spread, np.float32(newcomer.spread))
         self.template = np.concatenate([self.template, newcomer.template[None]])
@@ -189,7 +198,6 @@ class Prototypes:
         self._table[self.channel[order], column] = order
         self._scores = np.empty(width, np.float32)
         self._scale = np.clip(self.spread, 0.5, 3.0).astype(np.float32)
-        self._log_weight = np.log(np.minimum(self.n_spikes, 1000)).astype(np.float32)
 
     def _groups(self, channel: int, waiting: list[tuple[int, Floats, Floats]]) -> list[Newcomer]:
         white = np.array([item[1] for item in waiting])

@@ -90,13 +90,16 @@ class EncodeConfig:
 class ClusterConfig:
     """Calibration and the online prototypes."""
 
-    period_s: float = 1.0  # what learns (prototypes, births, drift alarms) changes only at multiples of this
-    min_spikes: int = 20  # fewer spikes on a channel make no prototype
+    period_s: float = 0.25  # what learns (prototypes, births, drift alarms) changes only at multiples of this; short: it takes its time then
+    min_spikes: int = 20  # fewer spikes make no unit
+    min_members: int = 8  # fewer spikes on a channel make no prototype of it
     spikes_per_seed: int = 40  # over-clustering: one k-means seed per so many spikes
-    valley_ratio: float = 0.75  # two hills are one unit when the density between them stays above this part of the lower one
-    same_template: float = 0.12  # energy of the difference of two templates over their mean energy; different units: 0.11-2, same: 0.00-0.04
-    outlier: float = 4.0  # a spike further from its prototype than this times n_dims (a member's mean) is unsorted; overlaps reach 3
-    clear: float = 1.5  # and only spikes nearer than this teach it
+    valley_ratio: float = 0.5  # two hills are one unit when the density between them stays above this part of the lower one
+    same_template: float = 0.12  # energy of the difference of two templates over their mean; within a unit 0.00-0.04, between 0.11-2
+    # Squared distances to the own prototype, as multiples of a member's mean (n_dims). Overlapping spikes reach 8.
+    outlier: float = 8.0  # further off a spike is unsorted
+    strange: float = 4.0  # further off it is remembered: many of them together are a unit that moved or a new one
+    clear: float = 1.5  # only spikes nearer than this, with a posterior over 0.9, teach their prototype
     slowest: float = 0.02  # a prototype follows its last 50 spikes
     birth_spikes: int = 25  # so many spikes that fit no prototype and lie together make a new one
     birth_s: float = 60.0  # within this time

@@ -1,9 +1,9 @@
 """Locally exclusive peaks.
 
-In come referenced, filtered traces in uV, out go peaks with absolute sample_index: the only place where local becomes absolute. State
-is a rolling window of traces, from which the snippets are cut too, so that a chunk is copied once and nothing but the margin is kept.
-A peak is decided in the call that brings the last sample of its look-ahead, with the noise level passed to that call. Callers change
-the noise level only at fixed sample indices and cut chunks there, hence every chunking gives the same peaks.
+In come referenced, filtered traces in uV, out go peaks with absolute sample_index: the only place where local becomes absolute.
+State is a rolling window of traces, from which the snippets are cut too, so that a chunk is copied once and nothing but the margin
+is kept. A peak is decided in the call that brings the last sample of its look-ahead, with the noise level passed to that call.
+Callers change the noise level only at fixed sample indices and cut chunks there, hence every chunking gives the same peaks.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.config import DetectConfig
-from streamsort.kernels import find_peaks
+from streamsort.kernels_detect import find_peaks
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE
 
 _POLARITY = {"neg": (-1.0, -1.0), "pos": (1.0, 1.0), "both": (-1.0, 1.0)}
-_NEAR_GAP_S = 0.05  # a band-pass from 300 Hz has forgotten a step after a tenth of this; reference and source may take longer
+_NEAR_GAP_S = 0.05  # a band-pass from 150 Hz has forgotten a step to 1e-4 after 15 ms; sources may need longer to settle
 _WINDOW_ROWS = 512  # rows appended between two moves of the carry; with 384 channels the window then fits a 1 MB cache
 
 
@@ -74,12 +74,12 @@ class Detect:
 
     Sample s of channel c is a peak when its value, taken with the sign of `peak_sign` (its magnitude for "both"), is at least
     `detect_threshold` noise levels and the largest among all samples within `exclude_sweep_ms` on all channels within `radius_um`.
-    Of equal values the earlier sample wins, then the lower channel. Suppression is one hop: a value that is itself beaten by a third
-    still beats its own neighbours.
+    Of equal values the earlier sample wins, then the lower channel. Suppression is one hop: a value that is itself beaten by a
+    third still beats its own neighbours.
 
-    Peaks are not looked for before the noise level is known, nor where a snippet would reach back to before the stream's start, a gap,
-    or the sample at which the noise level became known. A peak carries NEAR_GAP when it lies within 50 ms after the start or a gap, or
-    when its snippet touches a sample that was not usable. Peaks whose look-ahead is cut off by a gap are lost.
+    Peaks are not looked for before the noise level is known, nor where a snippet would reach back to before the stream's start, a
+    gap, or the sample at which the noise level became known. A peak carries NEAR_GAP when it lies within 50 ms after the start or a
+    gap, or when its snippet touches a sample that was not usable. Peaks whose look-ahead is cut off by a gap are lost.
 
     Parameters
     ----------

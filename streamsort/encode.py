@@ -1,10 +1,10 @@
 """Snippets to embeddings, through an ONNX session.
 
-Snippets in uV and the noise level of their channels come in; one 32-d embedding per spike goes out. A model is two files, `NAME.onnx`
-and its contract `NAME.json`; whatever the contract says (checksum, shapes, types, sampling rate, units) is verified before the first
-spike, and a model that breaks it is refused. Every call runs batches of one fixed shape, padded with zeros: only then is a spike's
-embedding the same to the last bit whatever else is in its batch, and the sorter's result independent of how the stream was chunked.
-Needs numpy and onnxruntime alone; training lives in `streamsort.train`.
+Snippets in uV and the noise level of their channels come in; one 32-d embedding per spike goes out. A model is two files,
+`NAME.onnx` and its contract `NAME.json`; whatever the contract says (checksum, shapes, types, sampling rate, units) is verified
+before the first spike, and a model that breaks it is refused. Every call runs batches of one fixed shape, padded with zeros:
+only then is a spike's embedding the same to the last bit whatever else is in its batch, and the sorter's result independent of
+how the stream was chunked. Needs numpy and onnxruntime alone; training lives in `streamsort.train`.
 """
 
 import contextlib
@@ -26,8 +26,9 @@ Provider = Literal["auto", "cpu", "cuda"]
 
 SHIPPED = "huidurep-small.onnx"
 NOISE_UNITS = "noise units"
-# Spikes per run. Measured on one core: see models/README.md. On a GPU a run costs its launches, not its rows.
-BATCH_SIZE = {"cpu": 4, "cuda": 32}
+# Spikes per run. Measured on one core, ms for a single spike and spikes/s of many: 1: 0.21, 4800; 2: 0.35, 5700; 4: 0.63, 6200;
+# 8: 1.18, 6700. A chunk of 1 ms rarely holds more than a few. On a GPU a run costs its launches, not its rows.
+BATCH_SIZE = {"cpu": 2, "cuda": 32}
 # How protobuf writes the key of a tensor whose values are in another file.
 _EXTERNAL_DATA = b"\x0a\x08location\x12"
 _SESSION_NAME = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -40,8 +41,7 @@ class Contract:
     """What a model promises about its graph and expects of its input; the `.json` beside the `.onnx`.
 
     The graph maps `input_name`, (batch, n_samples, n_neighbors) float32 in noise units, to `output_name`, (batch, n_dims) float32.
-    `n_before` samples of the window lie before the trough, which is at row `n_before`; channel 0 is the peak channel, the others follow
-    nearest first.
+    The trough is at row `n_before`; channel 0 is the peak channel, the others follow nearest first.
     """
 
     name: str
@@ -166,7 +166,9 @@ class Encoder:
         self.contract = Contract.read(self.path.with_suffix(".json"))
         digest = hashlib.sha256(model).hexdigest()
         if digest != self.contract.sha256:
-            raise StreamsortError(f"encoder {self.path}: sha256 {digest[:12]}..., expected {self.contract.sha256[:12]}... of its contract")
+            raise StreamsortError(
+                f"encoder {self.path}: sha256 {digest[:12]}..., expected {self.contract.sha256[:12]}... of its contract"
+            )
         self.provider, self._session = _open(self.path, model, provider, batch_size)
         self.batch_size = batch_size or BATCH_SIZE[self.provider]
         _check_graph(self.path, self._session, self.contract, self.batch_size)
@@ -229,9 +231,8 @@ class Encoder:
         n = len(snippets)
         expected = (n, self.n_before + self.n_after, self.contract.n_neighbors)
         if snippets.shape != expected or noise_level.shape != (n, expected[2]):
-            raise StreamsortError(
-                f"encoder: snippets {snippets.shape} and noise_level {noise_level.shape}, expected {expected} and {(n, expected[2])}"
-            )
+            found = f"snippets {snippets.shape} and noise_level {noise_level.shape}"
+            raise StreamsortError(f"encoder: {found}, expected {expected} and {(n, expected[2])}")
         embeddings = np.empty((n, self.contract.n_dims), np.float32)
         for start in range(0, n, self.batch_size):
             part = slice(start, min(start + self.batch_size, n))
@@ -280,7 +281,9 @@ def _open(path: Path, model: bytes, provider: Provider, batch_size: int | None) 
         if session.get_providers()[0] == _SESSION_NAME["cuda"]:
             return "cuda", session
     if provider == "cuda":
-        raise StreamsortError("encoder provider 'cuda': no session runs on CUDA here, expected a driver and CUDA libraries; or 'cpu'")
+        raise StreamsortError(
+            "encoder provider 'cuda': no session runs on CUDA here, expected a driver and CUDA libraries; or 'cpu'"
+        )
     return "cpu", _session(path, model, "cpu", batch_size)
 
 

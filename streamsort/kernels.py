@@ -1,8 +1,8 @@
-"""Every compiled loop of the signal path: filter, reference, whitening, peaks, snippets.
+"""The compiled loops of preprocessing: fill, filter, reference, whitening.
 
 In come contiguous arrays and constants, out go arrays that the caller allocated; all state is passed in and changed in place. Rows
 are samples: the inner loops run over channels and are vectorised, while the recursion along time keeps one fixed order, so that any
-chunking gives the same bits. They live in one file because Numba's cache does not notice that a callee in another file was edited.
+chunking gives the same bits. A kernel and its callees share a file, because Numba's cache does not notice an edit in another one.
 Fast math is allowed only in the reductions over one row, whose order does not depend on the chunk.
 """
 
@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
-
-from streamsort.records import Flag
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
@@ -34,7 +32,6 @@ REFERENCE_NONE, REFERENCE_MEAN, REFERENCE_MEDIAN = 0, 1, 2
 # Bits of `unusable`: what is wrong with a sample on at least one good channel.
 NONFINITE, SATURATED = 1, 2
 
-_NEAR_GAP = int(Flag.NEAR_GAP)
 _ZERO, _HALF, _ONE, _INF = np.float32(0), np.float32(0.5), np.float32(1), np.float32(np.inf)
 _MAX_KEY = np.int32(2**31 - 1)
 _FEW = np.float32(4)  # so few values left between two bounds are cheaper walked than counted again
@@ -222,15 +219,15 @@ def _median(row: Floats, good: Floats, n_good: int, guess: np.float32, spread: n
         key = next_key
         n, next_key = _count_through(keys, key), _least(keys, np.int32(key + 1))
     if n_good % 2 == 0 and n <= rank + _ONE:
-        return _HALF * (_value(key) + _value(next_key))
-    return _value(key)
+        return np.float32(_HALF * (_value(key) + _value(next_key)))
+    return np.float32(_value(key))
 
 
 @kernel
 def _key(value: np.float32) -> np.int32:
     """Map a float to an integer of the same order: minima of integers vectorise, those of floats do not (NaN)."""
     bits = np.float32(value).view(np.int32)
-    return bits if bits >= 0 else np.int32(bits ^ _MAX_KEY)
+    return np.int32(bits if bits >= 0 else bits ^ _MAX_KEY)
 
 
 @kernel
@@ -299,114 +296,3 @@ def whiten_rows(traces: Floats, table: Ints, weights: Floats, scratch: Floats) -
 def _add_weighted(row: Floats, values: Floats, channels: Ints, weights: Floats) -> None:
     for c in range(row.size):
         row[c] += values[channels[c]] * weights[c]
-
-
-@kernel
-def find_peaks(
-    traces: Floats,
-    unusable: NDArray[np.uint8],
-    first_row: int,
-    last_row: int,
-    thresholds: Floats,
-    adjacency: Ints,
-    polarity: Floats,
-    spans: NDArray[np.int64],
-    peaks: NDArray[Any],
-) -> int:
-    """Find the rows and channels that hold the extreme of their neighbourhood beyond the threshold.
-
-    With v = max(polarity[0] * x, polarity[1] * x), sample s of channel c is a peak when v >= thresholds[c] and v is the largest among
-    all samples s' with abs(s' - s) <= sweep and all channels c' in row c of `adjacency`, whether or not those are beyond a threshold or
-    are themselves beaten by others. Of equal values the earlier sample wins, and at the same sample the lower channel.
-
-    Parameters
-    ----------
-    traces : ndarray, shape (n_rows, n_channels)
-        Rolling window; rows from `first_row - max(sweep, n_before)` to `last_row + max(sweep, n_after - 1) - 1` are read.
-    unusable : ndarray, shape (n_rows,)
-        Not 0 where a channel had no usable value.
-    first_row, last_row : int
-        Half-open range of rows in which peaks are looked for.
-    thresholds : ndarray, shape (n_channels,)
-        In uV, positive.
-    adjacency : ndarray, shape (n_channels, n_adjacent)
-        Channels among which one peak wins, padded with -1.
-    polarity : ndarray, shape (2,)
-        (-1, -1) for negative peaks, (1, 1) for positive ones, (-1, 1) for both.
-    spans : ndarray, shape (5,)
-        sweep, n_before, n_after, sample_index of row 0, sample_index from which on peaks are not near a gap.
-    peaks : ndarray, shape (capacity,), PEAK_DTYPE
-        Written in order of (sample_index, channel).
-
-    Returns
-    -------
-    n_peaks : int
-    """
-    sweep, n_before, n_after, origin, settled = spans[0], spans[1], spans[2], spans[3], spans[4]
-    n_peaks = 0
-    for s in range(first_row, last_row):
-        row = traces[s]
-        if _count_beyond(row, thresholds, polarity[0], polarity[1]) == _ZERO:
-            continue
-        for c in range(row.size):
-            value = max(polarity[0] * row[c], polarity[1] * row[c])
-            if value >= thresholds[c] and _wins(traces, s, c, value, adjacency, sweep, polarity):
-                near_gap = s + origin < settled
-                for r in range(s - n_before, s + n_after):
-                    near_gap |= unusable[r] != 0
-                peaks[n_peaks].sample_index = s + origin
-                peaks[n_peaks].channel = c
-                peaks[n_peaks].flags = _NEAR_GAP if near_gap else 0
-                peaks[n_peaks].amplitude_uv = row[c]
-                n_peaks += 1
-    return n_peaks
-
-
-@reduction
-def _count_beyond(row: Floats, thresholds: Floats, a: np.float32, b: np.float32) -> np.float32:
-    n = _ZERO
-    for c in range(row.size):
-        n += _ONE if max(a * row[c], b * row[c]) >= thresholds[c] else _ZERO
-    return n
-
-
-@kernel
-def _wins(traces: Floats, s: int, c: int, value: np.float32, adjacency: Ints, sweep: int, polarity: Floats) -> bool:
-    a, b = polarity[0], polarity[1]
-    for k in range(adjacency.shape[1]):
-        other = adjacency[c, k]
-        if other < 0:
-            break
-        for r in range(s - sweep, s + sweep + 1):
-            rival = max(a * traces[r, other], b * traces[r, other])
-            if rival > value or (rival == value and (r < s or (r == s and other < c))):
-                return False
-    return True
-
-
-@kernel
-def cut_snippets(traces: Floats, origin: int, peaks: NDArray[Any], neighbors: Ints, n_before: int, snippets: Floats) -> None:
-    """Copy the samples around each peak on its neighbour channels.
-
-    Parameters
-    ----------
-    traces : ndarray, shape (n_rows, n_channels)
-        Rolling window.
-    origin : int
-        sample_index of its row 0.
-    peaks : ndarray, shape (n_peaks,), PEAK_DTYPE
-        Every snippet must lie within the window.
-    neighbors : ndarray, shape (n_channels, n_neighbors)
-        Padded with -1, which gives zeros.
-    n_before : int
-        Samples before the peak.
-    snippets : ndarray, shape (n_peaks, n_snippet_samples, n_neighbors)
-        Written.
-    """
-    for p in range(peaks.size):
-        start = peaks[p].sample_index - origin - n_before
-        channel = peaks[p].channel
-        for i in range(snippets.shape[1]):
-            for k in range(neighbors.shape[1]):
-                other = neighbors[channel, k]
-                snippets[p, i, k] = traces[start + i, other] if other >= 0 else _ZERO

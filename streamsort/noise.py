@@ -130,8 +130,8 @@ def _within(level: NDArray[np.float32], good: NDArray[np.bool_], most: float) ->
 class Whitening:
     """Decorrelate each channel from its neighbourhood, keeping its noise level in uV.
 
-    Each channel's weights are the centre row of the inverse square root (ZCA) of the correlation matrix of at most 16 channels within
-    100 um. Fixed once made.
+    Each channel's weights are the centre row of the inverse square root (ZCA) of the correlation matrix of at most 16 channels
+    within 100 um. Fixed once made.
 
     Parameters
     ----------

@@ -87,7 +87,7 @@ class _ZmqOutgoing:
 
     def send(self, chunk: Chunk) -> None:
         rate_hz = self._info.sampling_frequency
-        stamp = chunk.t_origin + chunk.end_sample / rate_hz if chunk.t_origin else time.monotonic()
+        stamp = chunk.t_origin + (chunk.end_sample - 1) / rate_hz if chunk.t_origin else time.monotonic()
         message = encode_traces(
             chunk.traces,
             seq=self._seq,

@@ -1,7 +1,8 @@
 """Cut the samples around each peak on the channels near it.
 
-In come peaks and the detector's rolling window, out goes (n_peaks, n_snippet_samples, n_neighbors) float32 in uV with the peak channel
-in column 0 and the peak sample in row `n_before`. There is no state: the detector holds a peak back until its whole window is there.
+In come peaks and the detector's rolling window, out goes (n_peaks, n_snippet_samples, n_neighbors) float32 in uV with the peak
+channel in column 0 and the peak sample in row `n_before`. There is no state: the detector holds a peak back until its whole window
+is there.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamsort.config import SnippetConfig
 from streamsort.detect import Window
-from streamsort.kernels import cut_snippets
+from streamsort.kernels_detect import cut_snippets
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE
 

@@ -77,7 +77,7 @@ class Sorter:
         self._next_sample: int | None = None
         self._through_sample = 0
         self._learned_through = 0
-        self._taught: list[tuple[Assignment, PeakBatch, NDArray[Any]]] = []
+        self._taught: list[tuple[PeakBatch, Assignment, NDArray[Any]]] = []
 
     @property
     def margin_samples(self) -> int:
@@ -149,7 +149,8 @@ class Sorter:
             spikes["unit_id"] = assignment.unit
             spikes["confidence"] = assignment.confidence
             spikes["flags"] |= self.registry.flags(assignment.unit)
-            self._taught.append((assignment, batch, spikes))
+            if len(peaks):
+                self._taught.append((batch, assignment, spikes))
         self._through_sample = batch.through_sample
         through = max(batch.through_sample - self.margin_samples, 0)
         return Output(through, spikes, self.registry.take_events(), list(batch.gaps), t_acquired=batch.t_acquired)
@@ -259,14 +260,14 @@ class Sorter:
         unit.channel_index, unit.x_um, unit.y_um = channel, float(x), float(y)
 
     def _learn_period(self, prototypes: Prototypes, boundary: int) -> None:
-        taught, self._taught = self._taught, []
-        for assignment, batch, _ in taught:
-            prototypes.learn(assignment, batch.peaks, _noise_units(batch))
-        if taught:
-            spikes = np.concatenate([spikes for _, _, spikes in taught])
-            heights = np.concatenate([np.abs(b.peaks["amplitude_uv"]) / np.maximum(b.noise_level[:, 0], 1e-9) for _, b, _ in taught])
-            distance = np.concatenate([assignment.distance for assignment, _, _ in taught])
-            self.registry.see(spikes, heights.astype(np.float32), distance, boundary)
+        if self._taught:
+            batches, assignments, spikes = zip(*self._taught, strict=True)
+            self._taught = []
+            assignment, spikes = Assignment.join(assignments), np.concatenate(spikes)
+            snippets = np.concatenate([_noise_units(batch) for batch in batches])
+            prototypes.learn(assignment, np.concatenate([batch.peaks for batch in batches]), snippets)
+            heights = np.abs(snippets[:, self._snippets.n_before, 0])
+            self.registry.see(spikes, heights, assignment.distance, boundary)
         oldest = boundary - round(self.config.cluster.birth_s * self.info.sampling_frequency)
         for newcomer in prototypes.discover(oldest):
             self._welcome(prototypes, newcomer, boundary)

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamsort.config import PreprocessConfig
 from streamsort.encode import Encoder, shipped_model
 from streamsort.errors import StreamsortError
 
@@ -49,9 +50,13 @@ def edit(model: Path, **changes: Any) -> None:
 
 
 def test_shipped_model_is_what_the_sorter_is_built_for(encoder: Encoder) -> None:
-    contract = encoder.contract
+    contract, pipeline = encoder.contract, PreprocessConfig()
     assert (contract.n_samples, contract.n_before, contract.n_neighbors, contract.n_dims) == (N_SAMPLES, 18, N_NEIGHBORS, N_DIMS)
-    assert (contract.sampling_frequency, contract.freq_min_hz, contract.freq_max_hz) == (30000.0, 300.0, 6000.0)
+    assert (contract.sampling_frequency, contract.freq_min_hz, contract.freq_max_hz) == (
+        30000.0,
+        pipeline.freq_min_hz,
+        pipeline.freq_max_hz,
+    )
     assert (encoder.n_before, encoder.n_after, encoder.provider) == (18, 30, "cpu")
     assert shipped_model().stat().st_size < 5_000_000
 
@@ -163,7 +168,7 @@ def test_a_broken_contract_is_refused(model: Path, changes: dict[str, Any], word
 
 
 def test_a_missing_or_unreadable_model_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(StreamsortError, match="no such file, expected an .onnx"):
+    with pytest.raises(StreamsortError, match=r"no such file, expected an \.onnx"):
         Encoder(tmp_path / "none.onnx")
     contract = model.with_suffix(".json")
     kept = contract.read_text()
@@ -172,10 +177,24 @@ def test_a_missing_or_unreadable_model_is_refused(model: Path, tmp_path: Path) -
         with pytest.raises(StreamsortError, match=words):
             Encoder(model)
     contract.unlink()
-    with pytest.raises(StreamsortError, match="expected it beside the .onnx"):
+    with pytest.raises(StreamsortError, match=r"expected it beside the \.onnx"):
         Encoder(model)
     contract.write_text(kept)
     assert Encoder(model, provider="cpu").name == "huidurep-small"
+
+
+def test_the_shipped_model_is_found_in_a_wheel_and_in_a_checkout(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "site" / "streamsort"
+    package.mkdir(parents=True)
+    monkeypatch.setattr("streamsort.encode.__file__", str(package / "encode.py"))
+    with pytest.raises(StreamsortError, match="expected it with the package"):
+        Encoder()
+    for place in (package.parent / "models", package / "models"):  # a wheel's is looked for first
+        place.mkdir()
+        shutil.copy(model, place)
+        assert shipped_model() == place / model.name
 
 
 def _rewrite(model: Path, content: bytes) -> None:

@@ -2,6 +2,9 @@
 
 import gc
 import json
+import os
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -216,7 +219,7 @@ def _nothing_is_left() -> Iterator[None]:
     assert (sys.getswitchinterval(), gc.get_freeze_count()) == (interval, frozen)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(st.lists(st.integers(0, 600), max_size=30).map(sorted), st.integers(0, 3))
 def test_the_threads_give_what_the_loop_gives(edges: list[int], seed: int) -> None:
     chunks = cut(recording(600, seed), edges)
@@ -240,7 +243,7 @@ def test_what_waits_is_encoded_in_one_go_with_the_same_result() -> None:
             time.sleep(0.001)
         gate.opened.set()
         assert stream.wait(PATIENCE_S)
-    assert sorter.encoded == [sorter.encoded[0], n_batches - sorter.encoded[0]]
+    assert len(sorter.encoded) <= 2 and sum(sorter.encoded) == n_batches
     np.testing.assert_array_equal(sink.spikes(), looped(even(600, 10)))
 
 
@@ -259,7 +262,7 @@ def test_overruns_are_counted_exactly_and_told_as_gaps() -> None:
     gaps = [gap for output in sink.outputs for gap in output.gaps]
     missing = np.concatenate([np.arange(gap.start_sample, gap.start_sample + gap.n_samples) for gap in gaps])
     assert len(np.unique(missing)) == len(missing) == status["samples_overrun"]
-    accepted = np.setdiff1d(np.arange(1000 - MARGIN), missing)
+    accepted = np.setdiff1d(np.arange(sink.outputs[-1].through_sample), missing)
     np.testing.assert_array_equal(sink.spikes()["sample_index"], accepted[recording(1000)[accepted, 0] > 0])
     assert status["samples_lost"] == {"overrun": status["samples_overrun"]}
 
@@ -277,6 +280,18 @@ def test_gaps_of_dropped_chunks_are_not_lost() -> None:
     (accepted,) = stream._chunks.take()
     assert accepted.gaps == (Gap(10, 10, "overrun"), missing, Gap(20, 20, "overrun"), Gap(39, 1, "nan"))
     stream.stop()
+
+
+def test_what_is_dropped_at_the_end_is_told_too() -> None:
+    gate = Gate()
+    source, sink = ListSource(even(300, 10, t_origin=time.monotonic()), live=True), ListSink()
+    with Stream(source, CountingSorter(on_detect=gate), [sink], config=StreamConfig(queue_s=0.1)) as stream:
+        assert source.delivered.wait(PATIENCE_S) and gate.reached.wait(PATIENCE_S)
+        gate.opened.set()
+        assert stream.wait(PATIENCE_S)
+    last = sink.outputs[-1]
+    assert [gap.start_sample + gap.n_samples for gap in last.gaps] == [300]
+    assert last.status is not None and last.status["samples_lost"]["overrun"] == 300 - last.status["samples_acquired"]
 
 
 def test_a_file_waits_and_loses_nothing() -> None:
@@ -441,19 +456,19 @@ def test_a_warmup_that_fails_leaves_nothing_open() -> None:
     assert sink.n_closed == 1 and source.n_closed == 1
 
 
-@pytest.mark.parametrize(("live", "age_s"), [(True, 0.0), (True, 100.0), (False, 100.0)])
-def test_late_spikes_of_a_live_stream_are_flagged(live: bool, age_s: float) -> None:
-    chunks, sink = even(200, 10, t_origin=time.monotonic() - age_s), ListSink()
-    with Stream(ListSource(chunks, live=live), CountingSorter(), [sink]) as stream:
+@pytest.mark.parametrize(("live", "deadline_ms"), [(True, 10.0), (True, 1e6), (False, 10.0)])
+def test_late_spikes_of_a_live_stream_are_flagged(live: bool, deadline_ms: float) -> None:
+    chunks, sink = even(200, 10, t_origin=time.monotonic() - 100.0), ListSink()
+    with Stream(ListSource(chunks, live=live), CountingSorter(), [sink], config=StreamConfig(deadline_ms=deadline_ms)) as stream:
         assert stream.wait(PATIENCE_S)
     spikes, status = sink.spikes(), stream.status()
     late = (spikes["flags"] & Flag.LATE) != 0
-    assert late.all() if live and age_s else not late.any()
+    assert late.all() if live and deadline_ms < 1e5 else not late.any()
     assert status["late"] == late.sum()
     assert status["unsorted"] == (spikes["unit_id"] == -1).sum() > 0
-    assert status["spikes"] == status["peaks"] == len(spikes)
+    assert status["spikes"] == len(spikes)
     assert status["latency_ms"]["total"]["n"] == (len(spikes) if live else 0)
-    if age_s and live:
+    if live:
         assert 96e3 < status["latency_ms"]["total"]["p50"] < 104e3
 
 
@@ -483,10 +498,8 @@ def test_status_travels_with_outputs_and_never_changes_spikes() -> None:
     assert status["latency_ms"]["detect"]["n"] == len(sink.outputs) - 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a child there")
 def test_ctrl_c_in_a_child_process_publishes_what_was_acquired(tmp_path: Path) -> None:
-    import signal
-    import subprocess
-
     program = tmp_path / "child.py"
     program.write_text(
         "import test_stream as t\n"

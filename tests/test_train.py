@@ -1,4 +1,4 @@
-"""Training: the simulated snippets are what they claim, losses fall, a resumed run is the same run, an export computes what torch does."""
+"""Training: simulated snippets are what they claim, losses fall, a resumed run is the same run, exports compute what torch does."""
 
 import json
 from dataclasses import replace
@@ -10,6 +10,7 @@ from scipy.signal import butter, sosfilt
 
 torch = pytest.importorskip("torch")
 
+from streamsort.config import PreprocessConfig  # noqa: E402
 from streamsort.encode import Encoder as LiveEncoder  # noqa: E402
 from streamsort.errors import StreamsortError  # noqa: E402
 from streamsort.train.augment import draw_spikes  # noqa: E402
@@ -37,7 +38,7 @@ def test_templates_peak_on_channel_0_at_the_trough(bank: Bank) -> None:
     near = bank.templates[:, :, 0, TROUGH - 6 : TROUGH + 7]
     np.testing.assert_allclose(near[:, :, :, 0].min(axis=2), -1.0, atol=0.05)
     assert (near.min(axis=2).argmin(axis=-1) == 0).all()
-    assert np.isfinite(bank.templates).all() and (bank.snr >= 3.5).all() and (bank.snr <= 20.0).all()
+    assert np.isfinite(bank.templates).all() and (bank.snr >= 3.5).all() and (bank.snr <= 25.0).all()
 
 
 def test_phases_are_later_by_quarters_of_a_sample(bank: Bank) -> None:
@@ -60,7 +61,9 @@ def test_noise_has_unit_variance_and_the_band_of_the_filter() -> None:
     np.testing.assert_allclose(noise.std(axis=1), 1.0, rtol=0.02)
     power = np.abs(np.fft.rfft(noise[:, : 1 << 17], axis=1)) ** 2
     hz = np.fft.rfftfreq(1 << 17, 1 / 30000.0)
-    assert (power[:, hz < 100].mean(axis=1) < 0.1 * power[:, (hz > 500) & (hz < 1500)].mean(axis=1)).all()
+    inside = power[:, (hz > 500) & (hz < 1500)].mean(axis=1)
+    assert (power[:, hz < 20].mean(axis=1) < 0.1 * inside).all()
+    assert (power[:, hz > 10000].mean(axis=1) < 0.1 * inside).all()
 
 
 def test_spikes_are_aligned_to_their_noisy_trough(bank: Bank) -> None:
@@ -70,16 +73,16 @@ def test_spikes_are_aligned_to_their_noisy_trough(bank: Bank) -> None:
     assert (spikes.snippets[:, N_BEFORE - 1 : N_BEFORE + 2, 0].argmin(axis=1) == 1).mean() > 0.98
     residual = spikes.snippets[:, N_BEFORE, 0] - spikes.clean[:, N_BEFORE, 0]
     assert 0.5 < residual.std() < 2.5
-    missing = bank.mixing[sites, :, 0] == 0  # every present channel of these sites has shared noise, or is channel 0
     silent = (bank.mixing[sites] == 0).all(axis=2)
-    assert (silent <= missing).all() and silent.any()
+    assert silent.any()
     assert (spikes.snippets.transpose(0, 2, 1)[silent] == 0).all()
 
 
 def test_collisions_add_another_spike(bank: Bank) -> None:
     sites, units = np.repeat(np.arange(64), 8), np.tile(np.arange(8), 64)
     energy = [
-        np.square(s.snippets - s.clean).mean() for s in (draw_spikes(bank, np.random.default_rng(0), sites, units, c) for c in (0.0, 1.0))
+        np.square(s.snippets - s.clean).mean()
+        for s in (draw_spikes(bank, np.random.default_rng(0), sites, units, c) for c in (0.0, 1.0))
     ]
     assert energy[1] > 1.5 * energy[0]
 
@@ -87,8 +90,12 @@ def test_collisions_add_another_spike(bank: Bank) -> None:
 def test_the_data_filter_is_the_pipeline_filter() -> None:
     from streamsort.train import data
 
+    pipeline = PreprocessConfig()
     impulse = np.eye(1, 64)[0]
-    expected = sosfilt(butter(2, [300.0, 6000.0], btype="bandpass", fs=30000.0, output="sos"), impulse)
+    expected = sosfilt(
+        butter(pipeline.filter_order, [pipeline.freq_min_hz, pipeline.freq_max_hz], btype="bandpass", fs=30000.0, output="sos"),
+        impulse,
+    )
     np.testing.assert_allclose(sosfilt(data._SOS, impulse), expected)
 
 
@@ -133,7 +140,7 @@ def test_losses_fall(config: TrainConfig, bank: Bank) -> None:
     assert last[0] < 0.9 * first[0] and last[1] < 0.9 * first[1]
 
 
-class Stop(Exception):
+class KilledError(Exception):
     """Stands for a killed process."""
 
 
@@ -148,11 +155,11 @@ def test_a_resumed_run_is_the_same_run(config: TrainConfig, tmp_path: Path, monk
 
     def dies(run: Run, config: TrainConfig, bank: Bank) -> tuple[float, float]:
         if run.step == 7:  # in the middle of a bank
-            raise Stop
+            raise KilledError
         return real(run, config, bank)
 
     monkeypatch.setattr(loop, "train_step", dies)
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         train(parts)
     monkeypatch.setattr(loop, "train_step", real)
     assert torch.load(parts.out / CHECKPOINT, weights_only=True)["step"] == 7
@@ -173,6 +180,12 @@ def test_a_checkpoint_of_another_network_is_refused(config: TrainConfig) -> None
 def test_wrong_settings_are_named(tmp_path: Path) -> None:
     with pytest.raises(StreamsortError, match="preset 'huge', expected one of small, paper"):
         TrainConfig(tmp_path, preset="huge")
+    if not torch.cuda.is_available():
+        with pytest.raises(StreamsortError, match="device 'cuda', expected cpu, or cuda where torch finds a GPU"):
+            TrainConfig(tmp_path, device="cuda")
+    for length in ({"minutes": 0.0}, {"steps": 0}):
+        with pytest.raises(StreamsortError, match="expected a positive length"):
+            TrainConfig(tmp_path, **length)
     with pytest.raises(StreamsortError, match="n_sites = 32, expected at most bank_sites = 8"):
         TrainConfig(tmp_path, bank_sites=8)
 
@@ -226,7 +239,7 @@ def test_an_export_that_computes_something_else_is_refused(
 
     Run.start(config).save(config)
     monkeypatch.setattr(export, "parity", lambda encoder, model: 0.5)
-    with pytest.raises(StreamsortError, match="differ by 0.5, expected at most 0.0001"):
+    with pytest.raises(StreamsortError, match=r"differ by 0\.5, expected at most 0\.0001"):
         export.export(config.out, tmp_path / "bad.onnx")
     assert not (tmp_path / "bad.onnx").exists()
 

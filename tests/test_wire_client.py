@@ -67,19 +67,18 @@ def outputs(k: int) -> Output:
 def received() -> Any:
     info = StreamInfo("test", 30000.0, 4, np.dtype(np.int16), np.ones(4, np.float32), None, live=True)
     sink = ZmqSink("tcp://127.0.0.1:*", info=info, session="s-1", model="light-1")
-    client = subprocess.Popen([sys.executable, "-c", CLIENT, sink.endpoint], stdout=subprocess.PIPE, text=True)
-    try:
-        assert client.stdout is not None and client.stdout.readline() == "ready\n"
-        k, deadline = 0, time.monotonic() + 15
-        while client.poll() is None and time.monotonic() < deadline:
-            sink.publish(outputs(k))
-            k += 1
-            time.sleep(0.005)
-        return json.loads(client.stdout.read())
-    finally:
-        client.kill()
-        client.wait()
-        sink.close()
+    with subprocess.Popen([sys.executable, "-c", CLIENT, sink.endpoint], stdout=subprocess.PIPE, text=True) as client:
+        try:
+            assert client.stdout is not None and client.stdout.readline() == "ready\n"
+            k, deadline = 0, time.monotonic() + 15
+            while client.poll() is None and time.monotonic() < deadline:
+                sink.publish(outputs(k))
+                k += 1
+                time.sleep(0.005)
+            return json.loads(client.stdout.read())
+        finally:
+            client.kill()
+            sink.close()
 
 
 def test_every_topic_arrives_with_the_common_header(received: Any) -> None:

@@ -33,12 +33,10 @@ GAIN = np.full(4, 0.195, np.float32)
 INFO = StreamInfo("test", FS, 4, np.dtype(np.int16), GAIN, None, live=True)
 
 
-def frames(start: int, n: int = 100, seq: int | None = None, **changes: Any) -> list[bytes]:
+def frames(start: int, n: int = 100, **changes: Any) -> list[bytes]:
     """Make one message; a change to None leaves the key out."""
     samples = np.arange(start * 4, (start + n) * 4).astype(np.int16).reshape(n, 4)
-    topic, header, payload = encode_traces(
-        samples, seq=start // 100 if seq is None else seq, start_sample=start, sampling_frequency=FS, gain_uv=GAIN
-    )
+    topic, header, payload = encode_traces(samples, seq=start // 100, start_sample=start, sampling_frequency=FS, gain_uv=GAIN)
     changed = {key: value for key, value in (json.loads(header) | changes).items() if value is not None}
     return [topic, json.dumps(changed).encode(), payload]
 
@@ -52,13 +50,18 @@ class Publisher:
         self.socket.setsockopt(zmq.LINGER, 0)
         self.url = f"tcp://127.0.0.1:{self.socket.bind_to_random_port('tcp://127.0.0.1')}"
 
+    def wait_for(self, subscription: bytes) -> None:
+        """Read what subscribers say until this comes."""
+        deadline = time.monotonic() + 5
+        while self.socket.poll(5000) and self.socket.recv() != subscription:
+            assert time.monotonic() < deadline
+
     def open(self, first: list[bytes], **options: Any) -> ZmqSource:
         """Open the source while a thread waits for its subscription and sends the first message."""
         opened: list[ZmqSource] = []
         thread = threading.Thread(target=lambda: opened.append(ZmqSource(self.url, **options)))
         thread.start()
-        assert self.socket.poll(5000)
-        assert self.socket.recv() == b"\x01traces"
+        self.wait_for(b"\x01traces")
         self.socket.send_multipart(first)
         thread.join(10)
         return opened[0]
@@ -203,16 +206,16 @@ def test_stamps_of_the_same_clock_date_the_samples(publisher: Publisher) -> None
     with publisher.open(frames(0, t_acquired=stamp)) as source:
         publisher.socket.send_multipart(frames(100, t_acquired=stamp + 1e9))
         chunks = take(source, 200)
-    assert chunks[0].t_origin == pytest.approx(stamp - 100 / FS, abs=1e-9)
+    assert chunks[0].t_origin == pytest.approx(stamp - 99 / FS, abs=1e-9)
     assert chunks[1].t_origin == pytest.approx(time.monotonic() - 200 / FS, abs=1.0)
     assert chunks[1].t_acquired >= chunks[0].t_acquired >= stamp
 
 
 def test_silence_raises_only_when_asked_to(publisher: Publisher) -> None:
-    with pytest.raises(StreamsortError, match="nothing arrived for"):
-        ZmqSource(publisher.url, timeout_s=0.2)
     with publisher.open(frames(0), timeout_s=0.3) as source, pytest.raises(StreamsortError, match="nothing arrived for"):
         take(source, 200)
+    with pytest.raises(StreamsortError, match="nothing arrived for"):
+        ZmqSource(publisher.url, timeout_s=0.2)
 
 
 def test_close_from_another_thread_ends_the_wait(publisher: Publisher) -> None:
@@ -240,7 +243,7 @@ def test_wrong_probe_and_wrong_address(publisher: Publisher) -> None:
 
     thread = threading.Thread(target=opening)
     thread.start()
-    assert publisher.socket.poll(5000)
+    publisher.wait_for(b"\x01traces")
     publisher.socket.send_multipart(frames(0))
     thread.join(10)
     assert "probe has 3 contacts, expected 4" in str(caught[0])
@@ -301,13 +304,13 @@ def test_replay_in_another_process_arrives_bit_identical(tmp_path: Any) -> None:
         "import sys; from streamsort.player import replay; from streamsort.sources import Source, open_source;"
         "print(replay(open_source(sys.argv[1], speed=1.0, chunk_ms=3.0), sys.argv[2]))"
     )
-    player = subprocess.Popen([sys.executable, "-c", script, str(path), url], stdout=subprocess.PIPE, text=True)
-    try:
-        with open_source(url, timeout_s=10.0) as source:
-            chunks = take(source, len(samples))
-        assert int(player.communicate(timeout=10)[0]) == len(samples)
-    finally:
-        player.kill()
+    with subprocess.Popen([sys.executable, "-c", script, str(path), url], stdout=subprocess.PIPE, text=True) as player:
+        try:
+            with open_source(url, timeout_s=10.0) as source:
+                chunks = take(source, len(samples))
+            assert int(player.communicate(timeout=10)[0]) == len(samples)
+        finally:
+            player.kill()
     np.testing.assert_array_equal(np.concatenate([chunk.traces for chunk in chunks]), samples)
     assert [chunk.start_sample for chunk in chunks] == list(range(0, len(samples), 90))
     assert not any(chunk.gaps for chunk in chunks) and set(source.counters.values()) == {0}
@@ -438,25 +441,28 @@ def publish_until_heard(sink: ZmqSink, messages: Iterator[Any]) -> None:
     thread.join()
 
 
-def test_subscription_times_out_skips_garbage_and_closes(publisher: Publisher) -> None:
-    with subscribe(publisher.url, timeout_s=0.2) as subscription, pytest.raises(StreamsortError, match="nothing arrived for"):
-        next(iter(subscription))
-    with subscribe(publisher.url, timeout_s=10.0) as subscription:
+def test_subscription_skips_garbage_times_out_and_closes(publisher: Publisher) -> None:
+    with subscribe(publisher.url, timeout_s=0.5) as subscription:
         received = iter(subscription)
-        deadline = time.monotonic() + 5
-        while publisher.socket.recv() != b"\x01spikes":
-            assert time.monotonic() < deadline
+        publisher.wait_for(b"\x01spikes")
         header = {"seq": 0, "n": 2}
         for bad in ([b"spikes", b"{}"], [b"spikes", b"{}", b""], [b"spikes", json.dumps(header).encode(), b"short"]):
             publisher.socket.send_multipart(bad)
         publisher.socket.send_multipart([b"spikes", json.dumps(header).encode(), spikes_at((1, 2), (3, 4)).tobytes()])
         assert next(received)["unit_id"].tolist() == [2, 4]
         assert (subscription.n_malformed, subscription.header) == (3, header)
-        timer = threading.Timer(0.1, subscription.close)
-        timer.start()
-        assert list(received) == []
+        with pytest.raises(StreamsortError, match="nothing arrived for"):
+            next(received)
     with pytest.raises(StreamsortError, match="expected an address"):
         subscribe("nonsense")
+
+
+def test_closing_a_subscription_ends_its_iteration(publisher: Publisher) -> None:
+    subscription = subscribe(publisher.url)
+    timer = threading.Timer(0.1, subscription.close)
+    timer.start()
+    assert list(subscription) == []
+    subscription.close()
 
 
 def test_decode_refuses_json_that_is_none() -> None:

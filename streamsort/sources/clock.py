@@ -2,8 +2,8 @@
 
 In come pairs (sample_index, time) whose times jitter, mostly late, because a sender stamps what it pushes when it wakes up; out
 comes a straight line that follows the device's clock. The state is an offset, a rate error and their uncertainty. Late residuals
-weigh a tenth of early ones, so the line hugs the earliest stamps: a line through the middle would date spikes late and flatter the
-latency.
+weigh a thirtieth of early ones, so the line hugs the earliest stamps: a line through the middle would date spikes late and flatter
+the latency.
 """
 
 import math
@@ -13,7 +13,7 @@ _FIRST_SD_S = 1e-3
 _WANDER = 1e-11  # s^2 per s: the line follows within about 10 s
 _RATE_WANDER = 1e-14  # 1 ppm in 100 s, as a warming crystal does
 _LEAST_SD_S = 5e-5
-_LATE_WEIGHT = 0.1
+_LATE_WEIGHT = 0.03
 _MEMORY = 0.005  # of the residual's variance: 200 pairs
 
 

@@ -19,6 +19,7 @@ _log = logging.getLogger("streamsort.sources.gaps")
 
 _HICCUP_S = 3e-3
 _CONFIRM_S = 0.02  # a sender that was held up has caught up within this
+_PUSH_MEMORY = 0.05  # of the usual size of a push: 20 pulls
 _MAX_LATE_S = 5.0  # later than the time that passed plus this is not a gap but another clock
 _MAX_EARLY_S = 1.0
 
@@ -35,8 +36,8 @@ class GapFinder:
     """Tell missing samples from late stamps.
 
     Samples whose stamps are late by more than 3 ms and half a push, and more than 5 standard deviations, are held. When the stamps
-    come back within 20 ms the sender had only been held up; when they stay late, the smallest lateness is the length of a gap. Gaps
-    shorter than that threshold cannot be seen.
+    come back within 20 ms (and two pushes) the sender had only been held up; when they stay late, the smallest lateness is the
+    length of a gap. Gaps shorter than that threshold cannot be seen.
 
     Parameters
     ----------
@@ -79,13 +80,14 @@ class GapFinder:
         now : float
             Host-clock time (s) of the pull.
         """
-        self._push_samples = max(0.99 * self._push_samples, len(traces))
+        if len(traces):
+            self._push_samples += _PUSH_MEMORY * (len(traces) - self._push_samples)
         if len(self._held):
             traces, stamps = np.concatenate([self._held, traces]), np.concatenate([self._held_stamps, stamps])
         if not len(traces):
             return []
         if not self.fit.started:
-            self.fit.update(self.next_sample + len(traces) - 1, float(stamps[-1]))
+            self.fit.update(self.next_sample, float(stamps[0]))
         lateness = self._lateness(stamps)
         late = lateness > self._threshold_s()
         elapsed_s = 0.0 if self._heard_at is None else now - self._heard_at
@@ -102,7 +104,7 @@ class GapFinder:
         traces, stamps = traces[first:], stamps[first:]
         if self._held_since is None:
             self._held_since = now
-        if now - self._held_since < _CONFIRM_S:
+        if now - self._held_since < max(_CONFIRM_S, 2 * self._push_samples / self._sampling_frequency):
             self._held, self._held_stamps = traces, stamps
             return settled
         n_missing = round(float(self._lateness(stamps).min()) * self._sampling_frequency)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.errors import StreamsortError
-from streamsort.liblsl import clock_offset_s, load_pylsl, read_description
+from streamsort.liblsl import Description, clock_offset_s, load_pylsl, read_description
 from streamsort.probe import Probe
 from streamsort.records import Chunk, StreamInfo
 from streamsort.sockets import Silence
@@ -32,6 +32,7 @@ _POLL_S = 0.1
 _HOLDING_POLL_S = 0.01
 _STALL_S = 1.0
 _CONNECT_S = 5.0
+_RECONNECT_S = 0.5  # short: the name of a dead outlet lingers for a while
 _CORRECTION_PERIOD_S = 5.0
 _KEYS = ("name", "type", "source_id", "hostname")
 
@@ -74,10 +75,9 @@ class LslSource:
         found = _resolve(self._pylsl, url, self._predicate, _CONNECT_S if timeout_s is None else timeout_s)
         self._format = _format(self._pylsl, url, found)
         n_channels, name, rate_hz = self._format
-        self._connect(found)
-        if self._inlet is None:
+        if not self._connect(found, _CONNECT_S):
             raise StreamsortError(f"{url}: the stream was found and lost again, expected it to answer within {_CONNECT_S:g} s")
-        said = read_description(self._inlet.info(timeout=_CONNECT_S).as_xml(), n_channels)
+        said = self._description(n_channels)
         self.info: StreamInfo = StreamInfo(
             name=found.name(),
             sampling_frequency=rate_hz,
@@ -115,7 +115,7 @@ class LslSource:
         """Disconnect; an iteration in another thread ends within 0.2 s."""
         self._closed.set()
         with self._lock:
-            self._inlet = self._resolver = None
+            self._inlet = None
 
     def __enter__(self) -> Self:
         return self
@@ -130,10 +130,10 @@ class LslSource:
     def _pull(self) -> tuple[NDArray[Any], NDArray[np.float64]]:
         """Wait up to 0.1 s for samples and copy all that are there; nothing while the outlet is gone."""
         stamps: list[float] = []
+        if self._inlet is None:
+            self._look_again()
         with self._lock:
-            if self._inlet is None:
-                self._look_again()
-            else:
+            if self._inlet is not None:
                 timeout_s = _HOLDING_POLL_S if self._finder.holding else _POLL_S
                 try:
                     _, stamps = self._inlet.pull_chunk(timeout_s, len(self._buffer), dest_obj=self._buffer, min_samples=1)
@@ -153,20 +153,29 @@ class LslSource:
             told = _format(self._pylsl, self._url, found)
             if told != self._format:
                 raise StreamsortError(f"{self._url}: came back with {_told(*told)}, expected {_told(*self._format)} as before")
-            self._connect(found)
-            if self._inlet is not None:
+            if self._connect(found, _RECONNECT_S):
                 self.counters["reconnects"] += 1
                 self._resolver = None
                 _log.warning("%s: the outlet is back", self._url)
                 return
 
-    def _connect(self, found: Any) -> None:
+    def _connect(self, found: Any, timeout_s: float) -> bool:
         inlet = self._pylsl.StreamInlet(found, max_buflen=_BUFFER_S, recover=False)
         try:
-            inlet.open_stream(_CONNECT_S)
-            self._inlet = inlet
+            inlet.open_stream(timeout_s)
         except RuntimeError as error:
             _log.info("%s: not connected (%s)", self._url, type(error).__name__)
+            return False
+        with self._lock:
+            if not self._closed.is_set():
+                self._inlet = inlet
+        return self._inlet is not None
+
+    def _description(self, n_channels: int) -> Description:
+        try:
+            return read_description(self._inlet.info(timeout=_CONNECT_S).as_xml(), n_channels)
+        except RuntimeError:
+            raise StreamsortError(f"{self._url}: the stream does not describe itself within {_CONNECT_S:g} s") from None
 
     def _time_correction(self) -> float:
         inlet = self._inlet

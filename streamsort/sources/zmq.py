@@ -7,7 +7,6 @@ as long as the host's clock says.
 """
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ _log = logging.getLogger("streamsort.sources.zmq")
 
 _RESTART_S = 0.1  # of samples in a row that do not fit, before they are believed
 _MAX_JUMP_S = 60.0  # a longer gap must agree with the time that passed
+_NEW_LINE_S = 1.0  # further from the line of arrivals than this, a new one is begun
 _SAME_CLOCK_S = 60.0  # a stamp further from our clock is another clock's
 
 
@@ -225,13 +225,13 @@ class ZmqSource:
 
     def _t_origin(self, stamp: float | None, now: float) -> float:
         """Date sample 0 from the publisher's stamp of the newest sample, or, without one on our clock, from times of arrival."""
-        end = self._continuity.next_sample
+        newest = self._continuity.next_sample - 1
         if stamp is not None and 0 <= now - stamp < _SAME_CLOCK_S:
-            return stamp - end / self.info.sampling_frequency
-        if self._fit.started and not math.isclose(self._fit.t_origin(end) + end / self.info.sampling_frequency, now, abs_tol=1.0):
+            return stamp - newest / self.info.sampling_frequency
+        if self._fit.started and abs(now - newest / self.info.sampling_frequency - self._fit.t_origin(newest)) > _NEW_LINE_S:
             self._fit.restart()
-        self._fit.update(end, now)
-        return self._fit.t_origin(end)
+        self._fit.update(newest, now)
+        return self._fit.t_origin(newest)
 
 
 def _told(traces: Traces) -> str:

@@ -1,8 +1,9 @@
 """Draw noisy spikes from a bank: two different spikes of the same unit are a positive pair.
 
-The published encoder makes both views from one recorded spike. Here the simulator can do what augmentation imitates: another spike of
-the unit has its own noise, amplitude, sub-sample phase and, on occasion, a neighbour unit's spike on top, and is aligned to its own
-noisy trough as the live detector would. The clean spike of the unit, unshifted, is the target of the denoising decoder.
+The published encoder makes both views from one recorded spike. Here the simulator can do what augmentation imitates: another
+spike of the unit has its own noise, amplitude, sub-sample phase and, on occasion, a neighbour unit's spike on top, and is
+aligned to its own noisy trough as the live detector would. The clean spike of the unit, unshifted, is the target of the
+denoising decoder.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,9 @@ class Spikes:
     clean: Floats
 
 
-def draw_spikes(bank: Bank, rng: np.random.Generator, sites: NDArray[np.int64], units: NDArray[np.int64], collision: float) -> Spikes:
+def draw_spikes(
+    bank: Bank, rng: np.random.Generator, sites: NDArray[np.int64], units: NDArray[np.int64], collision: float
+) -> Spikes:
     """Draw one noisy spike of each (site, unit).
 
     Parameters

@@ -1,10 +1,10 @@
 """Make the units that training snippets are drawn from: a bank of clean, filtered templates and of filtered noise.
 
-Everything is made in noise units, after the filter of the live pipeline, so that a training snippet is what the detector would cut. A
-*site* is a peak channel with its neighbours on a random probe, with its own noise and several units that all peak there: the units a
-sorter has to tell apart. Half of them are near-copies of its first, because easy negatives teach nothing. Nothing is read from
-recordings and no unit is used twice: a bank costs seconds, and a new one is drawn every few hundred steps. All arrays derive from
-one seed, so training resumes exactly.
+Everything is made in noise units, after the filter of the live pipeline, so that a training snippet is what the detector would
+cut. A *site* is a peak channel with its neighbours on a random probe, with its own noise and several units that all peak there:
+the units a sorter has to tell apart. Half of them are near-copies of its first, because easy negatives teach nothing. Nothing
+is read from recordings and no unit is used twice: a bank costs seconds, and a new one is drawn every few hundred steps. All
+arrays derive from one seed, so training resumes exactly.
 """
 
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ from streamsort.config import PreprocessConfig
 from streamsort.probe import Probe
 
 SAMPLING_FREQUENCY = 30000.0
-# LEAD: see NOTE_FROM_LEAD.md in this folder: the default band is PreprocessConfig (150-3000 Hz), peak SNR 3.5-25 there.
-FREQ_MIN_HZ, FREQ_MAX_HZ = PreprocessConfig().freq_min_hz, PreprocessConfig().freq_max_hz
+_PIPELINE = PreprocessConfig()  # snippets are filtered as the live pipeline does by default
+FREQ_MIN_HZ, FREQ_MAX_HZ = _PIPELINE.freq_min_hz, _PIPELINE.freq_max_hz
 N_SAMPLES, N_BEFORE, N_NEIGHBORS, RADIUS_UM = 48, 18, 11, 100.0
 N_PHASES = 4  # sub-sample shifts kept per template
 MARGIN = 24  # template samples kept on either side of the snippet window, so that colliding spikes can be shifted
@@ -26,7 +26,7 @@ N_TEMPLATE = N_SAMPLES + 2 * MARGIN
 TROUGH = N_BEFORE + MARGIN
 
 Floats = NDArray[np.float32]
-_SOS = butter(2, [FREQ_MIN_HZ, FREQ_MAX_HZ], btype="bandpass", fs=SAMPLING_FREQUENCY, output="sos")
+_SOS = butter(_PIPELINE.filter_order, [FREQ_MIN_HZ, FREQ_MAX_HZ], btype="bandpass", fs=SAMPLING_FREQUENCY, output="sos")
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Bank:
 
 
 def make_bank(
-    seed: tuple[int, ...], n_sites: int, n_units: int = 8, snr: tuple[float, float] = (3.5, 20.0), twin_share: float = 0.5
+    seed: tuple[int, ...], n_sites: int, n_units: int = 8, snr: tuple[float, float] = (3.5, 25.0), twin_share: float = 0.5
 ) -> Bank:
     """Draw sites, their units and their noise.
 
@@ -138,7 +138,10 @@ def _blend(rng: np.random.Generator, fresh: Floats, twin: NDArray[np.bool_]) -> 
 
 
 def _draw_places(rng: np.random.Generator, offsets: Floats, present: NDArray[np.bool_], twin: NDArray[np.bool_]) -> Floats:
-    """Draw somata whose nearest contact is the peak channel: (n_sites, n_units, 3) um, the third being the distance to the probe."""
+    """Draw somata whose nearest contact is the peak channel: (n_sites, n_units, 3) um, the third away from the probe.
+
+    Twins lie 1-8 um from the first place that was tried for their site's unit 0.
+    """
     (n_sites, n_units), n_tries = twin.shape, 8
     spread = rng.uniform(2.0, 25.0, (n_sites, n_units, n_tries, 1))
     tries = rng.normal(size=(n_sites, n_units, n_tries, 2)) * spread
@@ -235,4 +238,5 @@ def draw_noise(rng: np.random.Generator, n: int = 1 << 18) -> Floats:
         hashed = np.convolve(train, spike, mode="same")
         broad.append(hashed / hashed.std() + rng.normal(size=n))
     filtered = sosfilt(_SOS, np.array(broad), axis=-1)[:, 1024:]
-    return (filtered / filtered.std(axis=-1, keepdims=True)).astype(np.float32)
+    noise: Floats = (filtered / filtered.std(axis=-1, keepdims=True)).astype(np.float32)
+    return noise

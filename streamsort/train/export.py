@@ -1,15 +1,15 @@
 """Turn a trained checkpoint into what the live sorter loads: one ONNX file and its contract beside it.
 
-The batch dimension is left open: the live encoder closes it when it makes its session. The last linear layer is multiplied with the
-map that makes the spread within simulated units white, so that distances between embeddings count in spreads of a unit. Files are
-written under temporary names, checked against torch, and put in place by a rename, the contract last.
+The batch dimension is left open: the live encoder closes it when it makes its session. The last linear layer is multiplied with
+the map that makes the spread within simulated units white, so that distances between embeddings count in spreads of a unit.
+Files are written under temporary names, checked against torch, and put in place by a rename, the contract last.
 """
 
 import copy
 import hashlib
-import io
 import json
 import os
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ def load_encoder(checkpoint: Path) -> tuple[Encoder, dict[str, Any]]:
     """
     if not checkpoint.exists():
         raise StreamsortError(f"checkpoint {checkpoint}: no such file, expected the output of a training run")
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu")
     model = HuiduRep(HuiduRepConfig(**state["config"]["network"]))
     model.load_state_dict(state["model"])
     encoder = copy.deepcopy(model.slow_encoder).eval()
@@ -80,20 +80,20 @@ def whiten(encoder: Encoder, n_sites: int = 64, n_spikes: int = 20) -> None:
 def to_onnx(encoder: Encoder, config: HuiduRepConfig) -> bytes:
     """Export to one ONNX file in memory; input `snippets` (batch, n_samples, n_neighbors), output `embeddings` (batch, n_dims)."""
     example = torch.zeros(2, config.n_samples, config.n_neighbors)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings():
+        path = Path(directory) / "model.onnx"
         warnings.simplefilter("ignore", DeprecationWarning)  # the older exporter is deprecated; it needs a second, not five
         torch.onnx.export(
             encoder,
             (example,),
-            buffer,
+            path,
             input_names=["snippets"],
             output_names=["embeddings"],
             dynamic_axes={"snippets": {0: "batch"}, "embeddings": {0: "batch"}},
             opset_version=OPSET,
             dynamo=False,
         )
-    return buffer.getvalue()
+        return path.read_bytes()
 
 
 @torch.no_grad()

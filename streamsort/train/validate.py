@@ -1,8 +1,9 @@
 """How well an embedding separates held-out units that share a peak channel, against the principal components of the same snippets.
 
 Three figures, each the share of spikes given to the right unit, mean over sites: by the 10 nearest other spikes (`knn`), by the
-nearest unit mean (`centroid`), and by the nearest unit mean after one linear map has made the spread within units white (`lda`); means
-and map come from every other spike. The principal components are fitted per site, as a sorter would, which flatters them.
+nearest unit mean (`centroid`), and by the nearest unit mean after one linear map has made the spread within units white
+(`lda`); means and map come from every other spike. The principal components are fitted per site, as a sorter would, which
+flatters them.
 """
 
 from collections.abc import Callable
@@ -73,10 +74,11 @@ class Validation:
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
         """Score an encoder (snippets to embeddings)."""
         encoder.eval()
+        device = next(encoder.parameters()).device
 
         def embed(snippets: Floats) -> NDArray[np.float64]:
             with torch.no_grad():
-                embeddings: NDArray[np.float64] = encoder(torch.from_numpy(snippets)).double().numpy()
+                embeddings: NDArray[np.float64] = encoder(torch.from_numpy(snippets).to(device)).double().cpu().numpy()
             return embeddings
 
         return self.score(embed)

@@ -1,24 +1,26 @@
 """HuiduRep: self-supervised spike embeddings (Cao, Feng, Shi & Zhang, AAAI 2026, arXiv 2507.17224), re-implemented from the paper.
 
-Snippets (n, n_samples, n_neighbors) in noise units go in; 32 numbers per spike come out. In between: two convolutions along time make
-one token per sample, fixed sinusoids are added, post-norm transformer layers mix the tokens, their mean is reduced to 32. For training
-only, a projector, a predictor and a slow copy of the encoder give the MoCo v3 contrastive loss, and a decoder of the query tokens gives
-the denoising loss: `loss = contrastive + alpha * mse`.
+Snippets (n, n_samples, n_neighbors) in noise units go in; 32 numbers per spike come out. In between: two convolutions along
+time make one token per sample, fixed sinusoids are added, post-norm transformer layers mix the tokens, their mean is reduced to
+32. For training only, a projector, a predictor and a slow copy of the encoder give the MoCo v3 contrastive loss, and a decoder
+of the query tokens gives the denoising loss: `loss = contrastive + alpha * mse`.
 
 Where the published code slips, this file decides:
 - there, the convolutions are shared between encoder and momentum encoder; here the momentum copy is whole, as in MoCo v3;
-- there, inference may pass snippets through a denoiser that no loss trains; here there is none, the DAE only shapes the encoder;
+- there, inference may pass snippets through a denoiser that no loss trains; here there is none, the DAE only shapes the
+  encoder;
 - there, gradients are clipped before they exist; here after `backward` (in `loop.py`);
 - there, time jitter is always two samples; here spikes are aligned to their noisy trough (in `augment.py`).
 
 Where the small preset departs from the paper, and why:
 - one token per two samples and 3 layers instead of 16: 3 million multiply-adds per spike, what one CPU core has time for;
-- the contrastive space has 32 dimensions instead of 5, and the temperature is 0.1 instead of 0.2: negatives are units of the same
-  peak channel, and in a small or soft space the many easy negatives outweigh the few hard ones;
+- the contrastive space has 32 dimensions instead of 5, and the temperature is 0.1 instead of 0.2: negatives are units of the
+  same peak channel, and in a small or soft space the many easy negatives outweigh the few hard ones;
 - no dropout: spikes are never repeated, so nothing can be overfitted.
 """
 
 import copy
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -63,7 +65,9 @@ class Layer(nn.Module):
         self.n_heads = config.n_heads
         self.qkv = nn.Linear(d, 3 * d)
         self.out = nn.Linear(d, d)
-        self.feed_forward = nn.Sequential(nn.Linear(d, config.d_ff), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.d_ff, d))
+        self.feed_forward = nn.Sequential(
+            nn.Linear(d, config.d_ff), nn.ReLU(), nn.Dropout(config.dropout), nn.Linear(config.d_ff, d)
+        )
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
         self.dropout = nn.Dropout(config.dropout)
 
@@ -91,7 +95,10 @@ class Encoder(nn.Module):
         super().__init__()
         d = config.d_model
         self.tokenise = nn.Sequential(
-            nn.Conv1d(config.n_neighbors, d, 5, padding=2), nn.ReLU(), nn.Conv1d(d, d, 3, padding=1, stride=config.stride), nn.ReLU()
+            nn.Conv1d(config.n_neighbors, d, 5, padding=2),
+            nn.ReLU(),
+            nn.Conv1d(d, d, 3, padding=1, stride=config.stride),
+            nn.ReLU(),
         )
         n_tokens = (config.n_samples - 1) // config.stride + 1
         self.register_buffer("positions", sinusoids(n_tokens, d), persistent=False)
@@ -114,7 +121,7 @@ class Encoder(nn.Module):
 def _mlp(*sizes: int) -> nn.Sequential:
     """Stack linear layers with batch norm and ReLU between them and nothing after the last."""
     blocks: list[nn.Module] = []
-    for n_in, n_out in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for n_in, n_out in itertools.pairwise(sizes[:-1]):
         blocks += [nn.Linear(n_in, n_out, bias=False), nn.BatchNorm1d(n_out), nn.ReLU()]
     return nn.Sequential(*blocks, nn.Linear(sizes[-2], sizes[-1]))
 

@@ -1,0 +1,251 @@
+"""The command line: parses, calls one of `streamsort.commands` (or the demo, or the doctor), and turns mistakes into one line.
+
+A mistake of the user's is a line on stderr and exit code 2; Ctrl-C lets what was acquired be sorted, saved and summed up, and is exit
+code 0. Everything is imported when its command was chosen, so that help comes at once.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from streamsort import __version__
+from streamsort.errors import StreamsortError
+
+_SOURCES = """sources:
+  lsl:NAME                       a Lab Streaming Layer stream (also lsl:type=...,source_id=...)
+  tcp://host:port                a ZeroMQ publisher of raw samples, wire format 1
+  PATH                           a recording: SpikeInterface binary folder, or raw file with a .json or .toml beside it
+  sim:seconds=60,units=12,...    a simulation
+"""
+
+_OVERVIEW = """examples:
+  streamsort demo                                               simulate, stream, sort, decode, report: a minute
+  streamsort doctor                                             does everything work on this machine?
+  streamsort run lsl:NAME --probe probe.json --publish tcp://127.0.0.1:5560
+  streamsort sort recording/ --session out/                     as fast as the machine can
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return its exit code."""
+    args = _parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        code: int = importlib.import_module(args.module).main(args)
+        sys.stdout.flush()
+        return code
+    except StreamsortError as error:
+        return _fail(str(error))
+    except BrokenPipeError:  # whoever read our stdout has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except KeyboardInterrupt as interrupt:
+        return _stopped(args, interrupt)
+
+
+def _fail(reason: str) -> int:
+    print("streamsort: " + " ".join(reason.split()), file=sys.stderr)
+    return 2
+
+
+def _stopped(args: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
+    """A first Ctrl-C gets here only when there was nothing yet to drain, or from a command that leaves half a result."""
+    if args.drains and type(interrupt) is KeyboardInterrupt:
+        print("streamsort: stopped before anything was received", file=sys.stderr)
+        return 0
+    print("streamsort: aborted", file=sys.stderr)
+    return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Real-time spike sorting: a live multi-electrode voltage stream in, unit ids a few milliseconds after each spike out."
+    parser = argparse.ArgumentParser(
+        prog="streamsort", description=about, epilog=_OVERVIEW, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"streamsort {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (_add_demo, _add_run, _add_sort, _add_score, _add_replay, _add_listen, _add_simulate, _add_doctor, _add_train):
+        add(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, about: str, epilog: str, *, module: str | None = None, drains: bool = False) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=about[0].lower() + about[1:].split(".")[0],
+        description=textwrap.fill(about, 88),
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(module=module or f"streamsort.commands.{name}", drains=drains)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+
+
+def _add_sorting(parser: argparse.ArgumentParser) -> None:
+    """Add what `run` and `sort` share."""
+    parser.add_argument("--probe", metavar="FILE", help="probeinterface JSON with one contact per channel; by default the source's own")
+    parser.add_argument("--config", metavar="FILE", help="TOML with a table per stage, e.g. [detect] detect_threshold = 4.5")
+    parser.add_argument("--warmup-s", type=float, metavar="S", help="length of the calibration, before which nothing is sorted (60)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of all that is random in calibration (0)")
+    parser.add_argument("--model", metavar="FILE", help="another encoder: an .onnx with its contract .json beside it")
+    parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), help="where the encoder runs; cuda refuses to fall back (auto)")
+    _add_json(parser)
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "demo",
+        "See it work: simulate 32 channels, stream them, sort them live, decode them, and report. "
+        "A second process plays the recording in real time over LSL, this one sorts it, a third receives the units over ZeroMQ as a "
+        "decoder would; the truth is known, so the report says how good the answer was, and how fast.",
+        "example:\n  streamsort demo --seconds 60 --report demo-report\n",
+        module="streamsort.demo",
+        drains=True,
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="length of the stream, 40 %% of it calibration (60)")
+    parser.add_argument("--report", metavar="DIR", help="where report.json and report.png go (streamsort-demo-DATE-TIME)")
+    parser.add_argument("--seed", type=int, default=1, metavar="N", help="another seed is another recording (1)")
+    _add_json(parser)
+
+
+def _add_run(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "run",
+        "Sort a stream live and publish units as they fire. "
+        "After a calibration of --warmup-s, every spike carries a unit id; Ctrl-C finishes what was received and sums up.",
+        f"{_SOURCES}\nexample:\n  streamsort run lsl:ephys --probe probe.json --publish tcp://127.0.0.1:5560 --session monday\n",
+        drains=True,
+    )
+    parser.add_argument("source", metavar="SOURCE", help="what to sort, see below")
+    parser.add_argument("--publish", metavar="URL", help="ZeroMQ address to publish on, e.g. tcp://127.0.0.1:5560")
+    parser.add_argument("--lsl", metavar="NAME", help="also publish spikes as the LSL stream NAME")
+    parser.add_argument("--session", metavar="DIR", help="new directory to save everything in")
+    parser.add_argument("--seconds", type=float, metavar="N", help="stop after so much of the stream")
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so much silence of a live stream (never)")
+    parser.add_argument("--speed", type=float, metavar="X", help="multiple of real time, for recordings and simulations (1)")
+    parser.add_argument("--chunk-ms", type=float, default=1.0, metavar="MS", help="length of a recording's chunks (1)")
+    _add_sorting(parser)
+
+
+def _add_sort(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "sort",
+        "Sort a recording as fast as the machine can, with the units a live run would give. "
+        "The session holds the spikes (numpy.load reads spikes.npy), units, ledger, gaps and templates.",
+        "example:\n  streamsort sort recording/ --session out --warmup-s 30\n  streamsort score out truth/\n",
+        drains=True,
+    )
+    parser.add_argument("source", metavar="RECORDING", help="SpikeInterface binary folder, raw file with a sidecar, or sim:...")
+    parser.add_argument("--session", metavar="DIR", required=True, help="new directory to write")
+    parser.add_argument("--chunk-ms", type=float, default=20.0, metavar="MS", help="length of a chunk; makes no difference to the result (20)")
+    _add_sorting(parser)
+
+
+def _add_score(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "score",
+        "Compare a session with the truth. "
+        "Spikes match within 0.4 ms; accuracy is tp / (tp + misses + false alarms), and a true unit that was not found counts 0.",
+        "example:\n  streamsort score out truth/ --from-s 30\n",
+    )
+    parser.add_argument("session", metavar="SESSION", help="session directory")
+    parser.add_argument("truth", metavar="TRUTH", help="SpikeInterface numpy folder, or .npz with samples and labels")
+    parser.add_argument("--from-s", type=float, metavar="S", help="only what fires from here on; a calibration's length is a good choice")
+    parser.add_argument("--to-s", type=float, metavar="S", help="only what fires before")
+    _add_json(parser)
+
+
+def _add_replay(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "replay",
+        "Send a recording out as a live stream, once somebody listens. Over LSL or ZeroMQ, as a headstage's software would.",
+        "examples:\n  streamsort replay recording/ --to lsl:ephys\n  streamsort replay recording/ --to tcp://127.0.0.1:5550 --speed 4\n",
+        drains=True,
+    )
+    parser.add_argument("recording", metavar="RECORDING", help="a recording, or sim:...")
+    parser.add_argument("--to", metavar="URL", required=True, help="lsl:NAME, or tcp://127.0.0.1:PORT to bind")
+    parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="multiple of real time (1)")
+    parser.add_argument("--chunk-ms", type=float, default=1.0, metavar="MS", help="length of what is sent at once (1)")
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up when nobody listens for so long (never)")
+    parser.add_argument("--probe", metavar="FILE", help="probeinterface JSON to announce instead of the recording's own")
+    _add_json(parser)
+
+
+def _add_listen(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "listen",
+        "Receive units from a running sorter and print spikes per second and unit, as UNIT:RATE.",
+        "example:\n  streamsort listen tcp://127.0.0.1:5560\n",
+        drains=True,
+    )
+    parser.add_argument("url", metavar="URL", help="where the sorter publishes")
+    parser.add_argument("--seconds", type=float, metavar="N", help="stop after so long")
+    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so much silence (never)")
+    _add_json(parser)
+
+
+def _add_simulate(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "simulate",
+        "Write a recording whose truth is known, as folders SpikeInterface loads: OUT/recording and OUT/truth.",
+        "example:\n  streamsort simulate sim1 --seconds 120 --probe grid32 --units 20 --drift-um 10\n",
+    )
+    probes = ("grid32", "linear32", "tetrode", "single", "neuropixels128", "neuropixels384")
+    parser.add_argument("out", metavar="OUT", help="new or empty folder")
+    parser.add_argument("--seconds", type=float, metavar="S", help="length (60)")
+    parser.add_argument("--probe", dest="probe_name", choices=probes, help="(grid32)")
+    parser.add_argument("--units", dest="n_units", type=int, metavar="N", help="(20)")
+    parser.add_argument("--seed", type=int, metavar="N", help="(0)")
+    parser.add_argument("--snr", type=float, nargs=2, metavar=("LOW", "HIGH"), help="trough over noise, broad-band (4 15)")
+    parser.add_argument("--rates-hz", type=float, nargs=2, metavar=("LOW", "HIGH"), help="firing rates (1 12)")
+    parser.add_argument("--noise-uv", type=float, metavar="UV", help="rms of the noise (8)")
+    parser.add_argument("--lfp-uv", type=float, metavar="UV", help="rms of a slow potential (0)")
+    parser.add_argument("--drift-um", type=float, metavar="UM", help="the sources move by up to this, both ways (0)")
+    parser.add_argument("--drift-kind", choices=("sine", "zigzag", "step"), help="(sine)")
+    parser.add_argument("--drift-period-s", type=float, metavar="S", help="(120)")
+    parser.add_argument("--bursting", type=float, metavar="SHARE", help="of units that fire in bursts, 0 to 1 (0)")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "doctor",
+        "Check this machine: versions, encoder and provider, LSL and ZeroMQ over the loopback, clock. Exit code 0 if all works, else 1.",
+        "example:\n  streamsort doctor\n",
+        module="streamsort.doctor",
+    )
+    _add_json(parser)
+
+
+def _add_train(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "train",
+        "Train an encoder on simulated spikes and export it for the live sorter. Needs `pip install 'streamsort[train]'`.",
+        "example:\n  streamsort train --out my-encoder --minutes 40\n  streamsort run lsl:ephys --model my-encoder/encoder.onnx\n",
+    )
+    parser.add_argument("--out", metavar="DIR", required=True, help="for the model and checkpoints; training goes on where it stopped")
+    parser.add_argument("--name", default="encoder", metavar="NAME", help="of the model (encoder)")
+    parser.add_argument("--preset", default="small", metavar="NAME", help="small, the one that is shipped, or paper, HuiduRep's size (small)")
+    parser.add_argument("--minutes", type=float, default=40.0, metavar="M", help="length of the training (40)")
+    parser.add_argument("--steps", type=int, metavar="N", help="length in steps instead")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (0)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (1)")

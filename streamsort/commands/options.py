@@ -1,0 +1,54 @@
+"""From arguments to what they mean: the config, the probe, the manifest of a session."""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from streamsort.config import SorterConfig
+from streamsort.probe import Probe
+from streamsort.records import StreamInfo
+from streamsort.sorter import Sorter
+
+
+def config_of(args: argparse.Namespace) -> SorterConfig:
+    """Read `--config`, and put over it what was given on the command line."""
+    config = SorterConfig.from_toml(args.config) if args.config is not None else SorterConfig()
+    given = {key: value for key in ("warmup_s", "seed") if (value := getattr(args, key)) is not None}
+    encode = {key: value for key in ("model", "provider") if (value := getattr(args, key)) is not None}
+    return dataclasses.replace(config, **given, encode=dataclasses.replace(config.encode, **encode))
+
+
+def probe_of(args: argparse.Namespace) -> Probe | None:
+    return None if args.probe is None else Probe.from_probeinterface(args.probe)
+
+
+def manifest_of(sorter: Sorter, url: str) -> dict[str, Any]:
+    """Say what runs, for the session's manifest."""
+    encoder, info = sorter.encoder, sorter.info
+    return {
+        "command": ["streamsort", *sys.argv[1:]],
+        "config": sorter.config.to_dict(),
+        "model": {
+            "name": encoder.name,
+            "version": encoder.contract.version,
+            "sha256": encoder.sha256,
+            "path": str(encoder.path),
+            "provider": encoder.provider,
+        },
+        "stream": {"url": url, **_plain(info)},
+        "margin_samples": sorter.margin_samples,
+        "probe_assumed": info.probe is None,
+    }
+
+
+def _plain(info: StreamInfo) -> dict[str, Any]:
+    gains = sorted(set(info.gain_uv.tolist()))
+    return {
+        "name": info.name,
+        "sampling_frequency": info.sampling_frequency,
+        "n_channels": info.n_channels,
+        "dtype": info.dtype.name,
+        "gain_uv": gains[0] if len(gains) == 1 else info.gain_uv.tolist(),
+        "live": info.live,
+    }
