@@ -1,17 +1,20 @@
 """The first seconds of a stream turned into units.
 
-In come the peaks of the calibration span with their embeddings and snippets (in noise units); out come prototypes: for every unit, on
-every channel where its spikes peak, a mean embedding, a spread and a template. The order is over-cluster, then merge by evidence:
+In come the peaks of the calibration span with their embeddings and snippets (in noise units); out come prototypes: for every unit,
+on every channel where its spikes peak, a mean embedding, a spread and a template. The order is over-cluster, then merge by
+evidence:
 
 1. k-means in each channel's embedding space, more clusters than there can be units;
 2. on each channel, merge pairs whose spikes show no valley between them along their discriminant;
-3. across clusters, on one channel or on neighbours, merge pairs whose mean snippets agree on the channels they share: a unit between
+3. across clusters, on one channel or on neighbours, merge pairs whose mean snippets agree on the channels they share: a unit
+between
    two contacts peaks now on one, now on the other;
-4. leave out what hugs the threshold (noise: its amplitudes fall off from the threshold as a Gaussian tail does) and echoes (a second
+4. leave out what hugs the threshold (noise: its amplitudes fall off from the threshold as a Gaussian tail does) and echoes (a
+second
    trough that follows a larger unit's spike at a fixed lag).
 
-Embeddings are compared after whitening with their pooled within-cluster covariance, the metric in which a unit is a ball. No clock and
-no global state: the same peaks and seed give the same units.
+Embeddings are compared after whitening with their pooled within-cluster covariance, the metric in which a unit is a ball. No clock
+and no global state: the same peaks and seed give the same units.
 """
 
 from dataclasses import dataclass
@@ -35,7 +38,8 @@ class Calibration:
     whitening : ndarray, shape (n_dims, n_dims), float32
         Embeddings are multiplied by it before any distance is taken.
     channel, unit, n_spikes : ndarray, shape (n_prototypes,), int64
-        Peak channel of each prototype, its unit (0..n_units-1; -1 for a reject prototype, which attracts noise and echoes), its size.
+        Peak channel of each prototype, its unit (0..n_units-1; -1 for a reject prototype, which attracts noise and echoes), its
+        size.
     mean : ndarray, shape (n_prototypes, n_dims), float32
         Mean whitened embedding.
     spread : ndarray, shape (n_prototypes,), float32
@@ -132,7 +136,7 @@ def _drop_small(cluster: Ints, min_spikes: int) -> Ints:
 
 
 def _renumber(unit: Ints, size: Ints) -> Ints:
-    """Number units 0.. by falling size, so that unit ids start with the most active one."""
+    """Count units from 0 by falling size, so that unit ids start with the most active one."""
     out = np.full(len(unit), -1, np.int64)
     names = np.unique(unit[unit >= 0])
     order = np.argsort([-size[unit == name].sum() for name in names], kind="stable")
@@ -169,11 +173,12 @@ def _whitening(embeddings: Floats, cluster: Ints) -> Floats:
         scatter += (x - x.mean(axis=0)).T @ (x - x.mean(axis=0))
         n += len(x) - 1
     if n <= n_dims:
-        return np.eye(n_dims, dtype=np.float32)
+        return np.identity(n_dims, np.float32)
     covariance = scatter / n
     covariance += 0.02 * np.trace(covariance) / n_dims * np.eye(n_dims)
     values, vectors = np.linalg.eigh(covariance)
-    return (vectors / np.sqrt(values)).astype(np.float32)
+    whitening: Floats = (vectors / np.sqrt(values)).astype(np.float32)
+    return whitening
 
 
 def split_by_valleys(x: Floats, config: ClusterConfig, rng: np.random.Generator) -> Ints:
@@ -259,8 +264,8 @@ def template_mismatch(
     Returns
     -------
     float
-        Energy of the difference over the mean energy, smallest over lags: 0 same, 2 orthogonal. Infinite when the peak channel of one
-        is not among the other's channels.
+        Energy of the difference over the mean energy, smallest over lags: 0 same, 2 orthogonal. Infinite when the peak channel of
+        one is not among the other's channels.
     """
     if neighbors_b[0] not in neighbors_a or neighbors_a[0] not in neighbors_b:
         return float("inf")

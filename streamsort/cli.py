@@ -58,7 +58,7 @@ def _fail(reason: str) -> int:
 def _stopped(args: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
     """A first Ctrl-C gets here only when there was nothing yet to drain, or from a command that leaves half a result."""
     if args.drains and type(interrupt) is KeyboardInterrupt:
-        print("streamsort: stopped before anything was received", file=sys.stderr)
+        print("streamsort: stopped", file=sys.stderr)
         return 0
     print("streamsort: aborted", file=sys.stderr)
     return 130

@@ -1,10 +1,10 @@
 """The online prototypes: which unit a spike belongs to, and how units move, appear and come back.
 
-State is one store of prototypes. A unit has one prototype on each channel where its spikes peak, so a unit between two contacts, or one
-that drifts from one to the next, keeps one identity. `predict` only reads; `learn` runs at fixed multiples of sample_index, so that any
-chunking gives the same units. Learning does two things: prototypes follow the spikes they were given, and spikes that fitted none are
-kept per channel until they form a compact group; such a group either carries a known unit's template (the unit moved here) or opens a
-new unit. What hugs the threshold becomes a reject prototype, which attracts noise and names nothing.
+State is one store of prototypes. A unit has one prototype on each channel where its spikes peak, so a unit between two contacts, or
+one that drifts from one to the next, keeps one identity. `predict` only reads; `learn` runs at fixed multiples of sample_index, so
+that any chunking gives the same units. Learning does two things: prototypes follow the spikes they were given, and spikes that
+fitted none are kept per channel until they form a compact group; such a group either carries a known unit's template (the unit
+moved here) or opens a new unit. What hugs the threshold becomes a reject prototype, which attracts noise and names nothing.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from streamsort.calibrate import Calibration, split_by_valleys, template_mismatch
 from streamsort.config import ClusterConfig
-from streamsort.kernels_cluster import assign_nearest, follow, whiten_rows
+from streamsort.kernels.cluster import assign_nearest, follow, rotate_rows
 from streamsort.records import UNSORTED
 
 Floats = NDArray[np.float32]
@@ -123,7 +123,7 @@ class Prototypes:
         """
         n, n_dims = embeddings.shape
         white = np.empty((n, n_dims), np.float32)
-        whiten_rows(embeddings, self.whitening, white)
+        rotate_rows(embeddings, self.whitening, white)
         prototype = np.empty(n, np.int64)
         distance, confidence = np.empty(n, np.float32), np.empty(n, np.float32)
         assign_nearest(
@@ -155,9 +155,8 @@ class Prototypes:
         self._refresh()
 
     def discover(self, oldest_sample: int) -> list[Newcomer]:
-        """Look for compact groups among the spikes that fitted no prototype since `oldest_sample`; the groups found are taken out."""
-        found = []
-        for channel in sorted(self._pending):
+        """Look for compact groups among the spikes that fitted no prototype since `oldest_sample`; the groups found are taken
+        out.""" found = [] for channel in sorted(self._pending):
             waiting = [item for item in self._pending[channel] if item[0] >= oldest_sample][-8 * self._config.birth_spikes :]
             self._pending[channel] = waiting
             if len(waiting) >= self._config.birth_spikes:

@@ -23,8 +23,9 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
 class PreprocessConfig:
     """Raw samples to referenced, band-passed microvolts."""
 
-    # A causal filter distorts, and the classic 300-6000 Hz costs a fifth of a spike's peak SNR that way. Measured on simulated and on
-    # real footprints over white noise, peak SNR is 1.4 times (tetrode, 32 channels) and 1.1 times (sharp real footprints) higher in this band.
+    # A causal filter distorts, and the classic 300-6000 Hz costs a fifth of a spike's peak SNR that way. Measured on simulated and
+    # on real footprints over white noise, peak SNR is 1.4 times (tetrode, 32 channels) and 1.1 times (sharp real footprints) higher
+    # in this band.
     freq_min_hz: float = 150.0
     freq_max_hz: float = 3000.0
     filter_order: int = 2  # two biquads per channel; order 3 costs time and more SNR (it rings)
@@ -35,9 +36,16 @@ class PreprocessConfig:
     noise_halflife_s: float = 20.0  # and forgets this slowly
 
     def __post_init__(self) -> None:
-        _require(0 < self.freq_min_hz < self.freq_max_hz, "preprocess.freq_min_hz", self.freq_min_hz, "0 < freq_min_hz < freq_max_hz")
+        _require(
+            0 < self.freq_min_hz < self.freq_max_hz, "preprocess.freq_min_hz", self.freq_min_hz, "0 < freq_min_hz < freq_max_hz"
+        )
         _require(1 <= self.filter_order <= 5, "preprocess.filter_order", self.filter_order, "1 to 5")
-        _require(self.reference in ("median", "mean", "none", "auto"), "preprocess.reference", self.reference, "median, mean, none or auto")
+        _require(
+            self.reference in ("median", "mean", "none", "auto"),
+            "preprocess.reference",
+            self.reference,
+            "median, mean, none or auto",
+        )
         _require(self.noise_period_s > 0, "preprocess.noise_period_s", self.noise_period_s, "a positive number of seconds")
         _require(self.noise_s > 0, "preprocess.noise_s", self.noise_s, "a positive number of seconds")
         _require(self.noise_halflife_s > 0, "preprocess.noise_halflife_s", self.noise_halflife_s, "a positive number of seconds")
@@ -54,7 +62,9 @@ class DetectConfig:
 
     def __post_init__(self) -> None:
         _require(self.peak_sign in ("neg", "pos", "both"), "detect.peak_sign", self.peak_sign, "neg, pos or both")
-        _require(self.detect_threshold > 0, "detect.detect_threshold", self.detect_threshold, "a positive multiple of the noise level")
+        _require(
+            self.detect_threshold > 0, "detect.detect_threshold", self.detect_threshold, "a positive multiple of the noise level"
+        )
         _require(self.exclude_sweep_ms > 0, "detect.exclude_sweep_ms", self.exclude_sweep_ms, "a positive number of ms")
         _require(self.radius_um >= 0, "detect.radius_um", self.radius_um, "0 or more um")
 
@@ -90,12 +100,12 @@ class EncodeConfig:
 class ClusterConfig:
     """Calibration and the online prototypes."""
 
-    period_s: float = 0.25  # what learns (prototypes, births, drift alarms) changes only at multiples of this; short: it takes its time then
+    period_s: float = 0.25  # prototypes, births and alarms change only at multiples of this; short, so that each change is quick
     min_spikes: int = 20  # fewer spikes make no unit
     min_members: int = 8  # fewer spikes on a channel make no prototype of it
     spikes_per_seed: int = 40  # over-clustering: one k-means seed per so many spikes
     valley_ratio: float = 0.5  # two hills are one unit when the density between them stays above this part of the lower one
-    same_template: float = 0.12  # energy of the difference of two templates over their mean; within a unit 0.00-0.04, between 0.11-2
+    same_template: float = 0.12  # energy of two templates' difference over their mean; seen within a unit 0.00-0.04, between 0.11-2
     # Squared distances to the own prototype, as multiples of a member's mean (n_dims). Overlapping spikes reach 8.
     outlier: float = 8.0  # further off a spike is unsorted
     strange: float = 4.0  # further off it is remembered: many of them together are a unit that moved or a new one
@@ -104,7 +114,7 @@ class ClusterConfig:
     birth_spikes: int = 25  # so many spikes that fit no prototype and lie together make a new one
     birth_s: float = 60.0  # within this time
     compact: float = 2.0  # lie together: mean squared distance over n_dims; members of a unit have 1, overlaps more
-    noise_excess: float = 1.75  # a cluster whose mean height is under detect_threshold + this / detect_threshold is noise (noise: 1)
+    noise_excess: float = 1.75  # noise: mean height under detect_threshold + this / detect_threshold (a Gaussian tail has 1)
 
     def __post_init__(self) -> None:
         _require(self.period_s > 0, "cluster.period_s", self.period_s, "a positive number of seconds")
@@ -153,7 +163,8 @@ class SorterConfig:
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "SorterConfig":
         """Build from nested tables; a key that does not exist is refused with the nearest one that does."""
-        return _build(cls, table, "")
+        config: SorterConfig = _build(cls, table, "")
+        return config
 
     @classmethod
     def from_toml(cls, path: str | Path) -> "SorterConfig":
@@ -206,7 +217,9 @@ def _build(cls: Any, table: Any, prefix: str) -> Any:
             hint = f"did you mean {prefix}{near[0]}?" if near else "known: " + ", ".join(hints)
             raise StreamsortError(f"config: unknown key {prefix}{key}; {hint}")
         kind = hints[key]
-        values[key] = _build(kind, value, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else _convert(kind, value, prefix + key)
+        values[key] = (
+            _build(kind, value, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else _convert(kind, value, prefix + key)
+        )
     return cls(**values)
 
 

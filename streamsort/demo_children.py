@@ -22,9 +22,14 @@ _QUIET_S = 0.3  # after the end, what is on its way still arrives
 def play(recording: str, name: str) -> dict[str, int]:
     """Send a recording in real time as the LSL stream `name`, once somebody is connected."""
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+
+    def stop_with_the_demo() -> None:
+        sys.stdin.read()
+        stop.set()
+
+    threading.Thread(target=stop_with_the_demo, daemon=True).start()
     source = open_source(recording, speed=1.0)
-    _say_ready()
+    print("ready", flush=True)
     return {"samples_sent": replay(source, f"lsl:{name}", wait_s=_CONNECT_S, stop=stop)}
 
 
@@ -42,11 +47,9 @@ def decode(url: str, out: str) -> dict[str, int]:
     with subscribe(url) as subscription:
         reader = threading.Thread(target=_receive, args=(subscription, received), daemon=True)
         reader.start()
-        _say_ready()
+        print("ready", flush=True)
         sys.stdin.read()
-        n_before = -1
-        while n_before < (n_before := len(received["unit_id"])):
-            time.sleep(_QUIET_S)
+        _wait_for_quiet(received["unit_id"])
         subscription.close()
         reader.join()
         lost = subscription.lost.get("spikes", 0)
@@ -63,8 +66,11 @@ def _receive(subscription: Subscription, received: dict[str, list[Any]]) -> None
         received["unit_id"] += spikes["unit_id"].tolist()
 
 
-def _say_ready() -> None:
-    print("ready", flush=True)
+def _wait_for_quiet(arriving: list[Any]) -> None:
+    n_before = -1
+    while len(arriving) > n_before:
+        n_before = len(arriving)
+        time.sleep(_QUIET_S)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.config import DetectConfig
-from streamsort.kernels_detect import find_peaks
+from streamsort.kernels.detect import find_peaks
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE
 

@@ -1,7 +1,8 @@
-"""Per-unit alarms: has what a unit looks like changed faster than its prototype could follow?
+"""Per-unit alarms: what a unit looks like changed faster than its prototype could follow.
 
-ADWIN (Bifet & Gavalda 2007, from river) watches two numbers of every spike: its distance to the unit's own prototype and its height.
-It keeps a window that shrinks when its two halves differ, costs half a microsecond a spike and runs at learning boundaries only.
+ADWIN (Bifet & Gavalda 2007, from river) watches two numbers of every spike: its distance to the unit's own prototype and its
+height. It keeps a window that shrinks when its two halves differ, costs half a microsecond a spike and runs at learning boundaries
+only.
 """
 
 from river.drift import ADWIN

@@ -7,7 +7,7 @@ In come filtered traces in uV, out go a noise level per channel, a mask of good 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.kernels import whiten_rows
+from streamsort.kernels.preprocess import whiten_rows
 from streamsort.probe import Probe
 
 _MAD_TO_SIGMA = np.float32(1 / 0.6745)

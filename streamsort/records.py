@@ -8,12 +8,13 @@ every chunk carries its own estimate of when sample 0 was (`t_origin`), so a sam
 
 from dataclasses import dataclass, field
 from enum import IntFlag
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.probe import Probe
+if TYPE_CHECKING:  # a client needs the records, not the geometry
+    from streamsort.probe import Probe
 
 # One threshold event before it has an identity.
 PEAK_DTYPE = np.dtype([("sample_index", "<i8"), ("channel", "<u2"), ("flags", "<u2"), ("amplitude_uv", "<f4")])
@@ -66,8 +67,8 @@ class Gap:
 class StreamInfo:
     """What a source knows before its first chunk.
 
-    `gain_uv` is (n_channels,) float32: microvolts per unit of `traces`. `live` sources cannot wait: when the sorter is behind, chunks
-    are dropped and counted, while a file is simply read more slowly.
+    `gain_uv` is (n_channels,) float32: microvolts per unit of `traces`. `live` sources cannot wait: when the sorter is behind,
+    chunks are dropped and counted, while a file is simply read more slowly.
     """
 
     name: str
@@ -75,7 +76,7 @@ class StreamInfo:
     n_channels: int
     dtype: np.dtype[Any]
     gain_uv: NDArray[np.float32]
-    probe: Probe | None
+    probe: "Probe | None"
     live: bool
 
 
@@ -117,8 +118,8 @@ class PeakBatch:
     """What detection hands to assignment: all peaks whose look-ahead ended in [start_sample, through_sample).
 
     `peaks` is (n_peaks,) PEAK_DTYPE in order of (sample_index, channel); `snippets` is (n_peaks, n_snippet_samples, n_neighbors)
-    float32 uV, zero where a probe has fewer neighbours; `noise_level` is (n_peaks, n_neighbors) float32 uV, of each snippet's channels
-    when the peak was found, 0 where there is none. A batch never straddles a learning boundary.
+    float32 uV, zero where a probe has fewer neighbours; `noise_level` is (n_peaks, n_neighbors) float32 uV, of each snippet's
+    channels when the peak was found, 0 where there is none. A batch never straddles a learning boundary.
     """
 
     start_sample: int

@@ -1,7 +1,7 @@
 """What calibration keeps of the peaks it sees: a bounded, fair sample per channel.
 
-Reservoir sampling (Vitter's algorithm R, 1985) with a seeded generator, so the same peaks give the same sample. Memory is bounded by
-the number of channels, not by how long or how busy the calibration is.
+Reservoir sampling (Vitter's algorithm R, 1985) with a seeded generator, so the same peaks give the same sample. Memory is bounded
+by the number of channels, not by how long or how busy the calibration is.
 """
 
 from typing import Any
@@ -53,7 +53,9 @@ class Reservoir:
         rows = [row for channel in self._rows for row in channel]
         self._rows = [[] for _ in self._rows]
         if not rows:
-            embeddings, snippets = self._empty if self._empty is not None else (np.empty((0, 1), np.float32), np.empty((0, 1, 1), np.float32))
+            embeddings, snippets = (
+                self._empty if self._empty is not None else (np.empty((0, 1), np.float32), np.empty((0, 1, 1), np.float32))
+            )
             return np.empty(0, PEAK_DTYPE), embeddings, snippets
         peaks = np.array([row[0] for row in rows], PEAK_DTYPE)
         order = np.lexsort((peaks["channel"], peaks["sample_index"]))

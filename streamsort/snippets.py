@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from streamsort.config import SnippetConfig
 from streamsort.detect import Window
-from streamsort.kernels_detect import cut_snippets
+from streamsort.kernels.detect import cut_snippets
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE
 

@@ -7,12 +7,13 @@
           -> assign     -> spikes (n_peaks,)
           -> learn         prototypes follow, units are born, at fixed multiples of sample_index
 
-Synchronous and deterministic: no thread, no clock. `process` runs the steps in a row; the threads of `stream.py` call the same methods,
-`detect` in one thread and `encode`, `assign`, `learn` in another, so both give the same spikes. Whatever adapts does so only where
-`_cut` splits the stream, at fixed sample indices; that is why the size of the chunks makes no difference, down to the last bit.
+Synchronous and deterministic: no thread, no clock. `process` runs the steps in a row; the threads of `stream.py` call the same
+methods, `detect` in one thread and `encode`, `assign`, `learn` in another, so both give the same spikes. Whatever adapts does so
+only where `_cut` splits the stream, at fixed sample indices; that is why the size of the chunks makes no difference, down to the
+last bit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -98,9 +99,13 @@ class Sorter:
         n, n_dims = 64, self.encoder.n_dims
         peaks = np.zeros(n, PEAK_DTYPE)
         peaks["sample_index"] = np.arange(n)
-        snippets = rng.normal(size=(n, self._snippets.n_before + self._snippets.n_after, self.config.snippets.n_neighbors)).astype(np.float32)
+        snippets = rng.normal(size=(n, self._snippets.n_before + self._snippets.n_after, self.config.snippets.n_neighbors)).astype(
+            np.float32
+        )
         embeddings = rng.normal(size=(n, n_dims)).astype(np.float32)
-        prototypes = self._cluster(peaks, embeddings, snippets, np.full(n, 10.0, np.float32), Registry(self.info.sampling_frequency), 0)
+        prototypes = self._cluster(
+            peaks, embeddings, snippets, np.full(n, 10.0, np.float32), Registry(self.info.sampling_frequency), 0
+        )
         prototypes.learn(prototypes.predict(embeddings, peaks["channel"]), peaks, snippets)
 
     def process(self, chunk: Chunk) -> list[Output]:
@@ -114,14 +119,16 @@ class Sorter:
     def detect(self, chunk: Chunk) -> list[PeakBatch]:
         """Find the peaks whose look-ahead ends in this chunk and cut their snippets."""
         if chunk.traces.ndim != 2 or chunk.traces.shape[1] != self.info.n_channels:
-            raise StreamsortError(f"chunk at sample {chunk.start_sample}: shape {chunk.traces.shape}, expected (n, {self.info.n_channels})")
+            raise StreamsortError(
+                f"chunk at sample {chunk.start_sample}: shape {chunk.traces.shape}, expected (n, {self.info.n_channels})"
+            )
         start, traces, gaps = chunk.start_sample, chunk.traces, chunk.gaps
         if self._next_sample is not None and start < self._next_sample:  # seen before: the time axis never goes back
             known = min(self._next_sample - start, len(traces))
-            gaps = (*gaps, Gap(start, known, "duplicate")) if not gaps else gaps
+            gaps = gaps or (Gap(start, known, "duplicate"),)
             start, traces = start + known, traces[known:]
         batches = []
-        for a, b in self._cut(start, start + len(traces)):
+        for a, b in self._cut(start, start + len(traces)) or [(start, start)]:
             batches.append(self._detect_stretch(a, traces[a - start : b - start], chunk, gaps))
             gaps = ()
         self._next_sample = max(start + len(traces), self._next_sample or 0)
@@ -197,15 +204,17 @@ class Sorter:
                 "set snippets.ms_before, ms_after and n_neighbors to the model's"
             )
 
-    def _cut(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+    def _cut(self, start: int, end: int) -> list[tuple[int, int]]:
         """Split [start, end) at every sample index at which something may change."""
+        stretches = []
         while start < end:
-            steps = [self._period_samples, self._preprocess.period_samples]
-            stop = min([end, *((start // step + 1) * step for step in steps)])
+            steps = self._period_samples, self._preprocess.period_samples
+            stop = min(end, *((start // step + 1) * step for step in steps))
             if start < self._warmup_samples < stop:
                 stop = self._warmup_samples
-            yield start, stop
+            stretches.append((start, stop))
             start = stop
+        return stretches
 
     def _detect_stretch(self, start: int, traces: NDArray[Any], chunk: Chunk, gaps: tuple[Gap, ...]) -> PeakBatch:
         filtered = self._preprocess(traces, start)
@@ -255,8 +264,8 @@ class Sorter:
         row = prototypes.home(unit_id)
         unit, channel = registry.units[unit_id], int(prototypes.channel[row])
         neighbors = prototypes.neighbors[channel]
-        weight = np.where(neighbors >= 0, np.ptp(prototypes.template[row], axis=0) ** 2, 0).astype(np.float64)
-        x, y = weight @ self.probe.channel_locations[neighbors] / max(weight.sum(), 1e-9)
+        size = np.where(neighbors >= 0, np.ptp(prototypes.template[row], axis=0) ** 2, 0).astype(np.float64)
+        x, y = size @ self.probe.channel_locations[neighbors] / max(float(size.sum()), 1e-9)
         unit.channel_index, unit.x_um, unit.y_um = channel, float(x), float(y)
 
     def _learn_period(self, prototypes: Prototypes, boundary: int) -> None:
@@ -282,5 +291,7 @@ class Sorter:
 
 
 def _noise_units(batch: PeakBatch) -> Floats:
-    scaled: Floats = batch.snippets / np.where(batch.noise_level > 0, batch.noise_level, np.float32(np.inf))[:, None, :]
+    """Return the snippets over the noise level of each channel; silent where there is none."""
+    level = np.where(batch.noise_level > 0, batch.noise_level, np.float32(np.inf)).astype(np.float32)
+    scaled: Floats = batch.snippets / level[:, None, :]
     return scaled

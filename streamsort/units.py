@@ -1,8 +1,9 @@
 """Published identities and the ledger of what happened to them.
 
-A cluster is an internal thing whose rows come and go; a unit is a promise to a decoder. Unit ids come from one counter that only grows,
-so an id is never given to another unit, and each has a slot, its place in a decoder's input vector. Every event in a unit's life is a
-ledger line with the sample index at which it took effect and the reason. The registry changes only at learning boundaries.
+A cluster is an internal thing whose rows come and go; a unit is a promise to a decoder. Unit ids come from one counter that only
+grows, so an id is never given to another unit, and each has a slot, its place in a decoder's input vector. Every event in a unit's
+life is a ledger line with the sample index at which it took effect and the reason. The registry changes only at learning
+boundaries.
 """
 
 from dataclasses import dataclass, field
@@ -98,21 +99,20 @@ class Registry:
         unit = Unit(self._next_id, slot=len(self.units), born_sample=sample_index, last_sample=sample_index)
         self._next_id += 1
         self.units[unit.unit_id] = unit
-        self.record("born", sample_index, unit.unit_id, reason)
+        self.record("born", sample_index, unit.unit_id, reason, slot=unit.slot)
         return unit.unit_id
 
-    def record(self, event: str, sample_index: int, unit_id: int, reason: str, into: int | None = None) -> None:
+    def record(self, event: str, sample_index: int, unit_id: int, reason: str, **more: Any) -> None:
         """Append one line to the ledger."""
-        self._events.append({"event": event, "sample_index": sample_index, "unit_id": unit_id, "into": into, "reason": reason})
+        line = {"event": event, "sample_index": sample_index, "unit_id": unit_id, "into": None, "reason": reason}
+        self._events.append(line | more)
 
     def take_events(self) -> list[dict[str, Any]]:
         """Hand over the ledger lines written since the last call."""
         events, self._events = self._events, []
         return events
 
-    def see(
-        self, spikes: NDArray[Any], noise_units: NDArray[np.float32], distance: NDArray[np.float32], sample_index: int
-    ) -> None:
+    def see(self, spikes: NDArray[Any], noise_units: NDArray[np.float32], distance: NDArray[np.float32], sample_index: int) -> None:
         """Update the units with one learning period's spikes and record alarms, silence and returns.
 
         Parameters

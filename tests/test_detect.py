@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamsort import kernels, kernels_detect
+from streamsort.kernels import detect as kernels_detect
+from streamsort.kernels import preprocess as kernels
 from streamsort.config import DetectConfig, PreprocessConfig, SnippetConfig
 from streamsort.detect import Detect
 from streamsort.preprocess import Preprocess

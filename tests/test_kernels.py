@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
-from streamsort import kernels, kernels_detect
+from streamsort.kernels import detect as kernels_detect
+from streamsort.kernels import preprocess as kernels
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE
 

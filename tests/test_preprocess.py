@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
-from streamsort import kernels
+from streamsort.kernels import preprocess as kernels
 from streamsort.config import PreprocessConfig
 from streamsort.errors import StreamsortError
 from streamsort.preprocess import Preprocess

@@ -6,21 +6,12 @@ chunking gives the same bits. A kernel and its callees share a file, because Num
 Fast math is allowed only in the reductions over one row, whose order does not depend on the chunk.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Ints = NDArray[np.int32]
-
-kernel: Callable[..., Any] = njit(nogil=True, cache=True, error_model="numpy")
-# A reduction over one row may be reordered; naming the set keeps isnan, which fastmath=True would delete.
-reduction: Callable[..., Any] = njit(
-    nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp", "afn"}
-)
+from streamsort.kernels import Floats, Ints, kernel, reduction
 
 # Rows of the `channels` table of `preprocess_rows`.
 GAIN, BASE, LAST, PRIMED, GOOD = 0, 1, 2, 3, 4

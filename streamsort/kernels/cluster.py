@@ -1,20 +1,19 @@
 """The compiled loops of assignment: nearest prototype and its running update.
 
-In come whitened embeddings and the prototype store's arrays, out go indices, distances and posteriors in arrays the caller allocated.
-A spike is compared only with the prototypes on its own peak channel, so its cost does not grow with the probe.
+In come whitened embeddings and the prototype store's arrays, out go indices, distances and posteriors in arrays the caller
+allocated. A spike is compared only with the prototypes on its own peak channel, so its cost does not grow with the probe.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.kernels import kernel
+from streamsort.kernels import Floats, kernel
 
-Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 
 @kernel
-def whiten_rows(embeddings: Floats, whitening: Floats, white: Floats) -> None:
+def rotate_rows(embeddings: Floats, whitening: Floats, white: Floats) -> None:
     """Multiply each row by `whitening`. Unlike with BLAS, a row's bits do not depend on how many rows there are."""
     for i in range(len(embeddings)):
         white[i] = 0
@@ -39,9 +38,10 @@ def assign_nearest(
 ) -> None:
     """Find each embedding's most probable prototype among those on its channel.
 
-    Prototypes are Gaussians of covariance `spread` times identity in whitened space, weighted by how many spikes they had. `prototype`
-    is -1 where the channel has none; `distance` is the squared distance over spread, so about n_dims for a member; `confidence` the
-    posterior of the prototype's unit. Of equal scores the first in `table` wins. `scores` is scratch as wide as `table`.
+    Prototypes are Gaussians of covariance `spread` times identity in whitened space, weighted by how many spikes they had.
+    `prototype` is -1 where the channel has none; `distance` is the squared distance over spread, so about n_dims for a member;
+    `confidence` the posterior of the prototype's unit. Of equal scores the first in `table` wins. `scores` is scratch as wide as
+    `table`.
     """
     n_dims = white.shape[1]
     for i in range(len(white)):
