@@ -155,10 +155,11 @@ class Prototypes:
         self._refresh()
 
     def discover(self, oldest_sample: int) -> list[Newcomer]:
-        """Look for compact groups among the spikes that fitted no prototype since `oldest_sample`; the groups found are taken
-        out.""" found = [] for channel in sorted(self._pending):
-            waiting = [item for item in self._pending[channel] if item[0] >= oldest_sample][-8 * self._config.birth_spikes :]
-            self._pending[channel] = waiting
+        """Look for compact groups among the spikes remembered since `oldest_sample`; the groups found are taken out."""
+        found = []
+        for channel in sorted(self._pending):
+            recent = [item for item in self._pending[channel] if item[0] >= oldest_sample]
+            self._pending[channel] = waiting = recent[-8 * self._config.birth_spikes :]
             if len(waiting) >= self._config.birth_spikes:
                 groups = self._groups(channel, waiting)
                 found += groups
