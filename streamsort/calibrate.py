@@ -102,7 +102,7 @@ def calibrate(
     size = np.array([len(m) for m in members], np.int64)
     template = np.array([snippets[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, *snippets.shape[1:])
     height = np.array([amplitudes[m].mean() for m in members])
-    unit = _merge_by_template(template, home, size, neighbors, config)
+    unit = _merge_by_template(template, home, size, neighbors)
     total = np.bincount(unit, weights=size, minlength=1)[unit]
     # The heights of noise above a threshold t exceed it by 1/t on average; a unit's exceed it by more.
     reject = height < detect_threshold + config.noise_excess / detect_threshold
@@ -264,8 +264,14 @@ def template_mismatch(
     Returns
     -------
     float
-        Energy of the difference over the mean energy, smallest over lags: 0 same, 2 orthogonal. Infinite when the peak channel of
-        one is not among the other's channels.
+        Energy of the difference over what one unit's clusters may differ by, smallest over lags: below 1 they are one unit. Infinite
+        when the peak channel of one is not among the other's channels.
+
+    Notes
+    -----
+    Measured on the clusters of 9 simulated and real-footprint recordings: the energy of the difference is 4 to 140 within a unit,
+    growing with the template's own energy E (amplitudes vary, and a cluster is what noise moved one way), and 100 to 5000 between
+    units. 80 + 0.02 E, at most 0.2 E, parts them.
     """
     if neighbors_b[0] not in neighbors_a or neighbors_a[0] not in neighbors_b:
         return float("inf")
@@ -275,13 +281,13 @@ def template_mismatch(
     smallest = float("inf")
     for lag in range(-max_lag, max_lag + 1):
         u, v = x[max(lag, 0) : n + min(lag, 0)], y[max(-lag, 0) : n + min(-lag, 0)]
-        energy = 0.5 * float((u * u).sum() + (v * v).sum() - noise * u.size)
-        difference = float(((u - v) ** 2).sum()) - noise * u.size
-        smallest = min(smallest, max(difference, 0.0) / max(energy, 1e-9))
+        energy = max(0.5 * float((u * u).sum() + (v * v).sum() - noise * u.size), 1.0)
+        difference = max(float(((u - v) ** 2).sum()) - noise * u.size, 0.0)
+        smallest = min(smallest, difference / min(0.2 * energy, 80.0 + 0.02 * energy))
     return smallest
 
 
-def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDArray[np.int32], config: ClusterConfig) -> Ints:
+def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDArray[np.int32]) -> Ints:
     """Join clusters whose templates agree, best agreement first, as long as the joined units agree on the whole."""
     n = len(template)
     mismatch = np.full((n, n), np.inf)
@@ -290,11 +296,11 @@ def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDAr
             noise = 1 / size[i] + 1 / size[j]
             mismatch[i, j] = template_mismatch(template[i], template[j], neighbors[home[i]], neighbors[home[j]], noise)
     unit = np.arange(n)
-    order = np.argwhere(mismatch < config.same_template)
+    order = np.argwhere(mismatch < 1)
     for i, j in order[np.argsort(mismatch[order[:, 0], order[:, 1]], kind="stable")]:
         ours, theirs = np.flatnonzero(unit == unit[i]), np.flatnonzero(unit == unit[j])
         across = np.fmin(mismatch[np.ix_(ours, theirs)], mismatch[np.ix_(theirs, ours)].T)
-        if unit[i] != unit[j] and across[np.isfinite(across)].mean() < 2 * config.same_template:
+        if unit[i] != unit[j] and across[np.isfinite(across)].mean() < 2:
             unit[theirs] = unit[i]
     return unit
 

@@ -1,7 +1,7 @@
 """The command line: parses, calls one of `streamsort.commands` (or the demo, or the doctor), and turns mistakes into one line.
 
-A mistake of the user's is a line on stderr and exit code 2; Ctrl-C lets what was acquired be sorted, saved and summed up, and is exit
-code 0. Everything is imported when its command was chosen, so that help comes at once.
+A mistake of the user's is a line on stderr and exit code 2; Ctrl-C lets what was acquired be sorted, saved and summed up, and is
+exit code 0. Everything is imported when its command was chosen, so that help comes at once.
 """
 
 import argparse
@@ -56,7 +56,7 @@ def _fail(reason: str) -> int:
 
 
 def _stopped(args: argparse.Namespace, interrupt: KeyboardInterrupt) -> int:
-    """A first Ctrl-C gets here only when there was nothing yet to drain, or from a command that leaves half a result."""
+    """Tell what the Ctrl-C did that got here: the first does only before there is anything to drain, or where nothing drains."""
     if args.drains and type(interrupt) is KeyboardInterrupt:
         print("streamsort: stopped", file=sys.stderr)
         return 0
@@ -76,7 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, about: str, epilog: str, *, module: str | None = None, drains: bool = False) -> argparse.ArgumentParser:
+def _add(
+    commands: Any, name: str, about: str, epilog: str, *, module: str | None = None, drains: bool = False
+) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=about[0].lower() + about[1:].split(".")[0],
@@ -94,12 +96,12 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_sorting(parser: argparse.ArgumentParser) -> None:
     """Add what `run` and `sort` share."""
-    parser.add_argument("--probe", metavar="FILE", help="probeinterface JSON with one contact per channel; by default the source's own")
+    parser.add_argument("--probe", metavar="FILE", help="probeinterface JSON, one contact per channel (the source's own)")
     parser.add_argument("--config", metavar="FILE", help="TOML with a table per stage, e.g. [detect] detect_threshold = 4.5")
-    parser.add_argument("--warmup-s", type=float, metavar="S", help="length of the calibration, before which nothing is sorted (60)")
+    parser.add_argument("--warmup-s", type=float, metavar="S", help="length of the calibration, before any unit exists (60)")
     parser.add_argument("--seed", type=int, metavar="N", help="of all that is random in calibration (0)")
     parser.add_argument("--model", metavar="FILE", help="another encoder: an .onnx with its contract .json beside it")
-    parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), help="where the encoder runs; cuda refuses to fall back (auto)")
+    parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), help="where the encoder runs; cuda never falls back (auto)")
     _add_json(parser)
 
 
@@ -108,13 +110,13 @@ def _add_demo(commands: Any) -> None:
         commands,
         "demo",
         "See it work: simulate 32 channels, stream them, sort them live, decode them, and report. "
-        "A second process plays the recording in real time over LSL, this one sorts it, a third receives the units over ZeroMQ as a "
-        "decoder would; the truth is known, so the report says how good the answer was, and how fast.",
+        "A second process plays the recording in real time over LSL, this one sorts it, a third receives the units over ZeroMQ as "
+        "a decoder would; the truth is known, so the report says how good the answer was, and how fast.",
         "example:\n  streamsort demo --seconds 60 --report demo-report\n",
         module="streamsort.demo",
         drains=True,
     )
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="length of the stream, 40 %% of it calibration (60)")
+    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="of stream, 40 %% of it calibration (60)")
     parser.add_argument("--report", metavar="DIR", help="where report.json and report.png go (streamsort-demo-DATE-TIME)")
     parser.add_argument("--seed", type=int, default=1, metavar="N", help="another seed is another recording (1)")
     _add_json(parser)
@@ -151,7 +153,9 @@ def _add_sort(commands: Any) -> None:
     )
     parser.add_argument("source", metavar="RECORDING", help="SpikeInterface binary folder, raw file with a sidecar, or sim:...")
     parser.add_argument("--session", metavar="DIR", required=True, help="new directory to write")
-    parser.add_argument("--chunk-ms", type=float, default=20.0, metavar="MS", help="length of a chunk; makes no difference to the result (20)")
+    parser.add_argument(
+        "--chunk-ms", type=float, default=20.0, metavar="MS", help="length of a chunk, which does not change the result (20)"
+    )
     _add_sorting(parser)
 
 
@@ -165,7 +169,7 @@ def _add_score(commands: Any) -> None:
     )
     parser.add_argument("session", metavar="SESSION", help="session directory")
     parser.add_argument("truth", metavar="TRUTH", help="SpikeInterface numpy folder, or .npz with samples and labels")
-    parser.add_argument("--from-s", type=float, metavar="S", help="only what fires from here on; a calibration's length is a good choice")
+    parser.add_argument("--from-s", type=float, metavar="S", help="only what fires from here on, such as after calibration")
     parser.add_argument("--to-s", type=float, metavar="S", help="only what fires before")
     _add_json(parser)
 
@@ -175,7 +179,7 @@ def _add_replay(commands: Any) -> None:
         commands,
         "replay",
         "Send a recording out as a live stream, once somebody listens. Over LSL or ZeroMQ, as a headstage's software would.",
-        "examples:\n  streamsort replay recording/ --to lsl:ephys\n  streamsort replay recording/ --to tcp://127.0.0.1:5550 --speed 4\n",
+        "examples:\n  streamsort replay recording/ --to lsl:ephys\n  streamsort replay recording/ --to tcp://127.0.0.1:5550\n",
         drains=True,
     )
     parser.add_argument("recording", metavar="RECORDING", help="a recording, or sim:...")
@@ -228,7 +232,8 @@ def _add_doctor(commands: Any) -> None:
     parser = _add(
         commands,
         "doctor",
-        "Check this machine: versions, encoder and provider, LSL and ZeroMQ over the loopback, clock. Exit code 0 if all works, else 1.",
+        "Check this machine: versions, encoder and provider, LSL and ZeroMQ over the loopback, clock. "
+        "Exit code 0 if all works, else 1.",
         "example:\n  streamsort doctor\n",
         module="streamsort.doctor",
     )
@@ -242,9 +247,11 @@ def _add_train(commands: Any) -> None:
         "Train an encoder on simulated spikes and export it for the live sorter. Needs `pip install 'streamsort[train]'`.",
         "example:\n  streamsort train --out my-encoder --minutes 40\n  streamsort run lsl:ephys --model my-encoder/encoder.onnx\n",
     )
-    parser.add_argument("--out", metavar="DIR", required=True, help="for the model and checkpoints; training goes on where it stopped")
+    parser.add_argument("--out", metavar="DIR", required=True, help="for model and checkpoint; training goes on where it stopped")
     parser.add_argument("--name", default="encoder", metavar="NAME", help="of the model (encoder)")
-    parser.add_argument("--preset", default="small", metavar="NAME", help="small, the one that is shipped, or paper, HuiduRep's size (small)")
+    parser.add_argument(
+        "--preset", default="small", metavar="NAME", help="small as the shipped one, or paper as HuiduRep's (small)"
+    )
     parser.add_argument("--minutes", type=float, default=40.0, metavar="M", help="length of the training (40)")
     parser.add_argument("--steps", type=int, metavar="N", help="length in steps instead")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (0)")

@@ -215,7 +215,7 @@ class Prototypes:
 
     def _whose(self, channel: int, template: Floats, n_spikes: int) -> int:
         """Name the unit whose template this is, or -1."""
-        best, owner = self._config.same_template, UNSORTED
+        best, owner = 1.0, UNSORTED
         for row in np.flatnonzero((self.unit >= 0) & np.isin(self.channel, self.neighbors[channel])):
             noise = 1 / n_spikes + 1 / min(int(self.n_spikes[row]), int(1 / self._config.slowest))
             neighbors = self.neighbors[self.channel[row]]

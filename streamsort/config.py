@@ -105,7 +105,6 @@ class ClusterConfig:
     min_members: int = 8  # fewer spikes on a channel make no prototype of it
     spikes_per_seed: int = 40  # over-clustering: one k-means seed per so many spikes
     valley_ratio: float = 0.5  # two hills are one unit when the density between them stays above this part of the lower one
-    same_template: float = 0.12  # energy of two templates' difference over their mean; seen within a unit 0.00-0.04, between 0.11-2
     # Squared distances to the own prototype, as multiples of a member's mean (n_dims). Overlapping spikes reach 8.
     outlier: float = 8.0  # further off a spike is unsorted
     strange: float = 4.0  # further off it is remembered: many of them together are a unit that moved or a new one
@@ -121,7 +120,6 @@ class ClusterConfig:
         _require(self.min_spikes >= 2, "cluster.min_spikes", self.min_spikes, "2 or more spikes")
         _require(self.spikes_per_seed >= 2, "cluster.spikes_per_seed", self.spikes_per_seed, "2 or more spikes")
         _require(0 < self.valley_ratio < 1, "cluster.valley_ratio", self.valley_ratio, "between 0 and 1")
-        _require(0 < self.same_template < 2, "cluster.same_template", self.same_template, "between 0 and 2")
 
 
 @dataclass(frozen=True)

@@ -354,7 +354,10 @@ def _page(run: Run, simulation: SimulationConfig, figures: dict[str, Any]) -> re
 def _print_table(figures: dict[str, Any], out: Path, drawn: bool) -> None:
     latency = figures["latency_ms"]
     rows = [
-        ("units", f"{figures['n_units_matched']} of {figures['n_units_true']} true ones found, {figures['n_units_found']} published"),
+        (
+            "units",
+            f"{figures['n_units_matched']} of {figures['n_units_true']} true ones found, {figures['n_units_found']} published",
+        ),
         ("accuracy", f"{figures['accuracy_mean']:.3f} mean, {figures['accuracy_median']:.3f} median, after calibration"),
         ("latency", f"{spread_words(latency)}, trough to decoder" if latency["n"] else "nothing measured"),
         ("floor", f"{latency['floor']:.1f} ms, the look-ahead"),

@@ -1,7 +1,7 @@
 """The two other processes of the demo: the player of the recording, and the decoder.
 
-Each is started with `python -m streamsort.demo_children ROLE ...`, says `ready` on stdout, and ends when its stdin is closed, so neither
-can outlive the demo, however that ends. What it has counted it prints as one line of JSON.
+Each is started with `python -m streamsort.demo_children ROLE ...`, says `ready` on stdout, and ends when its stdin is closed, so
+neither can outlive the demo, however that ends. What it has counted it prints as one line of JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`streamsort doctor`: does everything that a live run needs work on this machine, and how fast is it?
+"""`streamsort doctor`: whether all that a live run needs works on this machine, and how fast.
 
 Every check is made, none is guessed: a session is opened on each provider, samples go through an LSL outlet and back, a message
 through ZeroMQ. Nothing leaves this machine.
@@ -35,6 +35,7 @@ _PACKAGES = ("numpy", "scipy", "numba", "river", "probeinterface", "pyzmq", "pyl
 _RATE_HZ, _N_CHANNELS = 30000.0, 32
 _MEASURE_S = 0.5
 _TRANSPORT_S = 10.0
+_TRANSPORT_MS = 10_000
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def _providers() -> tuple[bool, str]:
     words = [f"onnxruntime {ort.__version__}"]
     for provider in ("cpu", "cuda"):
         try:
-            words.append(f"{Encoder(provider=provider).provider} runs")  # type: ignore[arg-type]
+            words.append(f"{Encoder(provider=provider).provider} runs")
         except StreamsortError:
             words.append(f"{provider} does not")
     return "cpu runs" in words, ", ".join(words)
@@ -173,14 +174,14 @@ def _zmq_loopback() -> tuple[bool, str]:
         port = publisher.bind_to_random_port("tcp://127.0.0.1")
         subscriber.connect(f"tcp://127.0.0.1:{port}")
         subscriber.setsockopt(zmq.SUBSCRIBE, b"")
-        if not publisher.poll(1e3 * _TRANSPORT_S):
+        if not publisher.poll(_TRANSPORT_MS):
             return False, f"a subscriber was not seen within {_TRANSPORT_S:g} s"
         publisher.recv()
         delays = []
         for _ in range(50):
             sent = time.monotonic()
             publisher.send(b"spikes")
-            if not subscriber.poll(1e3 * _TRANSPORT_S) or subscriber.recv() != b"spikes":
+            if not subscriber.poll(_TRANSPORT_MS) or subscriber.recv() != b"spikes":
                 return False, "a message did not arrive"
             delays.append(time.monotonic() - sent)
         return True, f"pyzmq {zmq.__version__}, publisher to subscriber, {1e3 * float(np.median(delays)):.2f} ms median"

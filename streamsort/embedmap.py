@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float32]
 
 _PERPLEXITY = 25.0
-_N_STEPS, _N_EXAGGERATED, _EXAGGERATION = 350, 100, 12.0
+_N_STEPS, _N_EXAGGERATED, _EXAGGERATION = 300, 100, 12.0
 _N_BISECTIONS = 24
 
 
@@ -30,21 +30,26 @@ def neighbor_map(features: NDArray[np.float64]) -> NDArray[np.float64]:
     affinity = _affinities(_squared_distances(x))
     y = x @ np.linalg.svd(x, full_matrices=False)[2][:2].T
     y *= 1e-2 / max(float(y[:, 0].std()), 1e-9)
-    step, gain, rate = np.zeros_like(y), np.ones_like(y), max(len(x) / _EXAGGERATION / 4, 50.0)
+    step, gain, rate = np.zeros_like(y), np.ones_like(y), np.float32(max(len(x) / _EXAGGERATION / 4, 50.0))
+    affinity *= np.float32(_EXAGGERATION)
     for k in range(_N_STEPS):
-        early = k < _N_EXAGGERATED
-        gradient = _gradient(affinity * np.float32(_EXAGGERATION if early else 1.0), y)
-        gain = np.maximum(np.where(gradient * step > 0, gain * 0.8, gain + 0.2), 0.01).astype(np.float32)
-        step = np.float32(0.5 if early else 0.8) * step - np.float32(rate) * gain * gradient
+        if k == _N_EXAGGERATED:
+            affinity /= np.float32(_EXAGGERATION)
+        gradient = _gradient(affinity, y)
+        gain = np.maximum(np.where(gradient * step > 0, gain * np.float32(0.8), gain + np.float32(0.2)), np.float32(0.01))
+        step = np.float32(0.5 if k < _N_EXAGGERATED else 0.8) * step - rate * gain * gradient
         y = y + step
         y -= y.mean(axis=0)
-    return y.astype(np.float64)
+    points: NDArray[np.float64] = y.astype(np.float64)
+    return points
 
 
 def _squared_distances(x: Floats) -> Floats:
     squares = (x**2).sum(axis=1)
-    distances: Floats = np.maximum(squares[:, None] + squares - 2 * x @ x.T, 0)
-    return distances
+    distances: Floats = (-2 * x) @ x.T
+    distances += squares
+    distances += squares[:, None]
+    return np.maximum(distances, 0, out=distances)
 
 
 def _affinities(distances: Floats) -> Floats:
@@ -68,8 +73,16 @@ def _affinities(distances: Floats) -> Floats:
 
 
 def _gradient(affinity: Floats, y: Floats) -> Floats:
-    kernel = 1 / (1 + _squared_distances(y))
+    across, along = y[:, 0, None] - y[:, 0], y[:, 1, None] - y[:, 1]
+    across *= across
+    along *= along
+    kernel = across
+    kernel += along
+    kernel += 1
+    np.reciprocal(kernel, out=kernel)
     np.fill_diagonal(kernel, 0.0)
-    pull = (affinity - kernel / kernel.sum()) * kernel
+    pull = kernel * np.float32(-1 / kernel.sum())
+    pull += affinity
+    pull *= kernel
     gradient: Floats = 4 * (pull.sum(axis=1)[:, None] * y - pull @ y)
     return gradient

@@ -12,7 +12,7 @@ from streamsort.errors import StreamsortError
 
 
 def keep_lsl_private(folder: str | Path) -> None:
-    """Write a configuration into `folder` by which neither a lab's streams nor another run's are seen, and make it the one in force.
+    """Write a configuration into `folder` by which neither a lab's streams nor another run's are seen, and put it in force.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """One page that shows what a run was like: raster, templates on the probe, embedding map, latency, accuracy.
 
-In goes a `Page`; out comes a PNG. A unit has the same colour everywhere. Needs the extra `streamsort[report]` (matplotlib), which is
-imported when it is needed and by nothing that sorts.
+In goes a `Page`; out comes a PNG. A unit has the same colour everywhere. Needs the extra `streamsort[report]` (matplotlib), which
+is imported when it is needed and by nothing that sorts.
 """
 
 import colorsys
@@ -19,7 +19,7 @@ from streamsort.probe import Probe
 from streamsort.records import UNSORTED
 
 _INK, _FAINT, _PALE = "#1f2430", "#8a919e", "#e9ebef"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.spines.top": False,
@@ -36,12 +36,12 @@ _STYLE = {
     "ytick.labelcolor": _INK,
 }
 _GREY_TICKS = 6000  # of unsorted crossings; more are a grey bar
-_SHOWN_PART = 0.35  # of a unit's largest peak-to-peak: channels with less are not drawn
+_SHOWN_PART = 0.5  # of a unit's largest peak-to-peak: channels with less are not drawn
 
 
+_TEMPLATE_PITCHES = 3.0  # height of the largest template, in distances of contacts
 _LABELLED_ROWS = 28
-_LABEL_BOX = {"boxstyle": "round,pad=0.12", "fc": "white", "ec": "none", "alpha": 0.75}
-_MAP_POINTS, _LEAST_POINTS = 1200, 60
+_MAP_POINTS, _LEAST_POINTS, _LABELLED_POINTS = 800, 60, 5
 _PLACE_WEIGHT = 4.0  # spreads of a unit per contact: the sorter compares spikes of one channel, and a map must keep channels apart
 _LATENCY_LINES = (("look-ahead", "floor"), ("p50", "p50"), ("p95", "p95"), ("p99", "p99"), ("max", "max"))
 
@@ -128,7 +128,9 @@ def _figure_class() -> Any:
 
 
 def _places(figure: Any) -> dict[str, Any]:
-    grid = figure.add_gridspec(3, 3, height_ratios=(1.25, 1, 1), width_ratios=(1.05, 1.1, 1), left=0.045, right=0.98, top=0.885, bottom=0.06)
+    grid = figure.add_gridspec(
+        3, 3, height_ratios=(1.25, 1, 1), width_ratios=(1.05, 1.1, 1), left=0.045, right=0.98, top=0.885, bottom=0.06
+    )
     grid.update(hspace=0.36, wspace=0.16)
     return {
         "raster": figure.add_subplot(grid[0, :]),
@@ -163,7 +165,7 @@ def _draw_title(figure: Any, page: Page) -> None:
     figure.text(0.045, 0.932, about, fontsize=10.5, color=_FAINT)
     median = f["latency_ms"]["p50"]
     facts = [
-        (f"{f['n_units_matched']} / {f['n_units_true']}", "units found"),
+        (f"{f['n_units_matched']} / {f['n_units_true']}", "true units found"),
         (f"{f['accuracy_mean']:.2f}", "mean accuracy"),
         ("-" if median is None else f"{median:.1f} ms", "median latency"),
         ("-" if median is None else f"{f['latency_ms']['p99']:.1f} ms", "99 % within"),
@@ -186,7 +188,9 @@ def _draw_raster(axes: Any, page: Page, colors: dict[int, Any]) -> None:
     depth = page.probe.channel_locations[page.spikes["channel"][shown], 1]
     low, high = page.probe.channel_locations[:, 1].min(), page.probe.channel_locations[:, 1].max()
     before = times[shown] < warmup_s
-    axes.plot(times[shown][before], (height - 1) * (depth[before] - low) / max(high - low, 1.0), "|", ms=4, mew=0.6, color="#aeb4bf")
+    axes.plot(
+        times[shown][before], (height - 1) * (depth[before] - low) / max(high - low, 1.0), "|", ms=4, mew=0.6, color="#aeb4bf"
+    )
     for unit in order:
         mine = times[page.spikes["unit_id"] == unit]
         axes.vlines(mine, rows[unit] - 0.42, rows[unit] + 0.42, color=colors[unit], lw=0.8)
@@ -205,14 +209,17 @@ def _draw_templates(axes: Any, page: Page, colors: dict[int, Any]) -> None:
     pitch_x, pitch_y = _pitch(places[:, 0], 30.0), _pitch(places[:, 1], 20.0)
     axes.plot(*places.T, "s", ms=4, color="#cfd4dc", zorder=0)
     rows = _main_rows(page.templates)
+    often = max((int(page.templates["n_spikes"][row]) for row in rows.values()), default=1)
     largest = max((float(np.ptp(page.templates["template"][row], axis=0).max()) for row in rows.values()), default=1.0)
     for unit, row in rows.items():
         template, neighbors = page.templates["template"][row], page.templates["neighbors"][page.templates["channel"][row]]
         size = np.where(neighbors >= 0, np.ptp(template, axis=0), 0.0)
         x = np.linspace(-0.42, 0.42, len(template)) * pitch_x
+        alpha = 0.35 + 0.6 * min(1.0, 4 * float(page.templates["n_spikes"][row]) / often)  # rare units recede
         for column in np.flatnonzero(size > _SHOWN_PART * size.max()):
-            at = places[neighbors[column]]
-            axes.plot(at[0] + x, at[1] + template[:, column] / largest * 2.2 * pitch_y, color=colors.get(unit, _INK), lw=1.3, alpha=0.85)
+            x_um, y_um = places[neighbors[column]]
+            wave = template[:, column] / largest * _TEMPLATE_PITCHES * pitch_y
+            axes.plot(x_um + x, y_um + wave, color=colors.get(unit, _INK), lw=1.3, alpha=alpha)
     axes.set(xlabel="x (µm)", ylabel="y (µm)")
     axes.set_title("Templates on the probe")
 
@@ -232,19 +239,26 @@ def _pitch(values: NDArray[np.float64], otherwise: float) -> float:
 
 
 def _draw_map(axes: Any, page: Page, colors: dict[int, Any]) -> None:
-    every = max(len(page.embeddings) // _MAP_POINTS, 1)
+    every = max(-(-len(page.embeddings) // _MAP_POINTS), 1)
     units, channels = page.embedded_units[::every], page.embedded_channels[::every]
     axes.set_title("Embeddings of sorted spikes, by unit")
-    axes.set(xticks=[], yticks=[], xlabel=f"t-SNE of {len(units)} spikes: embedding, and peak channel's place on the probe")
+    axes.set(xticks=[], yticks=[], xlabel=f"t-SNE of {len(units)} spikes, by embedding and peak channel")
     if len(units) < _LEAST_POINTS:
         return
     features = np.column_stack([_in_spreads(page.embeddings[::every], units), _PLACE_WEIGHT * _steps(page.probe)[channels]])
     points = neighbor_map(features)
     axes.scatter(*points.T, c=[colors.get(int(unit), _FAINT) for unit in units], s=9, alpha=0.75, lw=0)
-    for unit in np.unique(units):
+    labels, counts = np.unique(units, return_counts=True)
+    for unit in labels[counts >= _LABELLED_POINTS]:
         mine = points[units == unit]
         middle = mine[np.argmin(((mine - np.median(mine, axis=0)) ** 2).sum(axis=1))]
-        axes.annotate(str(unit), middle, ha="center", va="center", fontsize=8, fontweight="bold", bbox=_LABEL_BOX)
+        axes.annotate(str(unit), middle, ha="center", va="center", fontsize=8, fontweight="bold", path_effects=_outline())
+
+
+def _outline() -> list[Any]:
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=2, foreground="white")]
 
 
 def _in_spreads(embeddings: NDArray[np.float32], units: NDArray[np.int32]) -> NDArray[np.float64]:
@@ -276,16 +290,22 @@ def _draw_latency(axes: Any, page: Page) -> None:
     for name in ("floor", "p50", "p95", "p99"):
         axes.axvline(f[name], color=_FAINT if name == "floor" else _INK, lw=0.9, ls=(0, (3, 2)))
     text = "\n".join(f"{name:<10}{f[key]:7.1f} ms" for name, key in _LATENCY_LINES)
-    axes.text(0.99, 0.95, text, transform=axes.transAxes, ha="right", va="top", family="DejaVu Sans Mono", fontsize=9)
+    box = {"fc": "white", "ec": "none", "pad": 2}
+    axes.text(0.99, 0.95, text, transform=axes.transAxes, ha="right", va="top", family="DejaVu Sans Mono", fontsize=9, bbox=box)
     axes.set_xlim(0, end)
 
 
 def _draw_accuracy(axes: Any, page: Page, colors: dict[int, Any]) -> None:
     units = sorted(page.figures["units"], key=lambda unit: -unit["accuracy"])
-    axes.bar(range(len(units)), [unit["accuracy"] for unit in units], color=[colors.get(unit["unit_id"], _PALE) for unit in units], width=0.8)
+    axes.bar(
+        range(len(units)),
+        [unit["accuracy"] for unit in units],
+        color=[colors.get(unit["unit_id"], _PALE) for unit in units],
+        width=0.8,
+    )
     axes.axhline(page.figures["accuracy_mean"], color=_INK, lw=0.9, ls=(0, (3, 2)))
     labels = [str(unit["unit_id"]) if unit["unit_id"] != UNSORTED else "-" for unit in units]
     axes.set_xticks(range(len(units)), labels, fontsize=8)
     axes.tick_params(axis="x", length=0)
     axes.set(ylim=(0, 1.02), xlabel="true units, by the unit found for each", ylabel="accuracy")
-    axes.set_title("Agreement with the truth, after calibration")
+    axes.set_title(f"Agreement with the truth ({page.figures['n_units_found']} units published)")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 import sys
 from typing import Any
 
@@ -9,6 +10,8 @@ from streamsort.config import SorterConfig
 from streamsort.probe import Probe
 from streamsort.records import StreamInfo
 from streamsort.sorter import Sorter
+
+_log = logging.getLogger("streamsort.commands")
 
 
 def config_of(args: argparse.Namespace) -> SorterConfig:
@@ -19,8 +22,18 @@ def config_of(args: argparse.Namespace) -> SorterConfig:
     return dataclasses.replace(config, **given, encode=dataclasses.replace(config.encode, **encode))
 
 
+def is_live(url: str) -> bool:
+    """Tell a stream that sets its own pace from a recording or a simulation."""
+    return url.startswith("lsl:") or "://" in url
+
+
 def probe_of(args: argparse.Namespace) -> Probe | None:
     return None if args.probe is None else Probe.from_probeinterface(args.probe)
+
+
+def warn_of_assumed_probe(sorter: Sorter) -> None:
+    if sorter.info.probe is None:
+        _log.warning("%s says nothing of its probe: a column of contacts 20 um apart is assumed; see --probe", sorter.info.name)
 
 
 def manifest_of(sorter: Sorter, url: str) -> dict[str, Any]:

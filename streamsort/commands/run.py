@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from streamsort.commands.options import config_of, manifest_of, probe_of
+from streamsort.commands.options import config_of, is_live, manifest_of, probe_of, warn_of_assumed_probe
 from streamsort.commands.summary import lost_samples, print_summary, spread_words
 from streamsort.commands.terminal import Interrupts, Terminal
 from streamsort.config import SorterConfig
@@ -20,8 +20,6 @@ from streamsort.sorter import Sorter
 from streamsort.sources import Source, open_source
 from streamsort.stream import Stream
 
-LIVE = ("lsl:", "tcp://", "ipc://")
-
 _POLL_S = 0.1
 _STATUS_S = 1.0
 
@@ -32,8 +30,7 @@ def main(args: argparse.Namespace) -> int:
     with Terminal() as terminal, contextlib.ExitStack() as stack:
         source = stack.enter_context(_open(args, config, probe, terminal))
         sorter = Sorter(config, source.info, probe)
-        if source.info.probe is None:
-            terminal.say("streamsort: no probe given: a column of contacts 20 um apart is assumed", "yellow")
+        warn_of_assumed_probe(sorter)
         session = str(uuid.uuid4())
         sinks = _open_sinks(args, sorter, session, stack)
         writer = _open_session(args, sorter, session)
@@ -91,7 +88,11 @@ def _follow(stream: Stream, sorter: Sorter, terminal: Terminal, interrupts: Inte
 def _status_words(status: dict[str, Any], before: dict[str, Any], rate: float) -> str:
     spikes_per_s = (status["spikes"] - before["spikes"]) / max(status["time"] - before["time"], 1e-3)
     minutes, seconds = divmod(int(status["samples_acquired"] / rate), 60)
-    words = [f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}", f"{status.get('n_units', 0):3d} units", f"{spikes_per_s:7.1f} spikes/s"]
+    words = [
+        f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}",
+        f"{status.get('n_units', 0):3d} units",
+        f"{spikes_per_s:7.1f} spikes/s",
+    ]
     total = status["latency_interval_ms"].get("total", {"n": 0})
     if total["n"]:
         words.append(f"latency {spread_words(total, ('p50', 'p99'))}")
@@ -104,7 +105,7 @@ def _status_words(status: dict[str, Any], before: dict[str, Any], rate: float) -
 
 def _open(args: argparse.Namespace, config: SorterConfig, probe: Probe | None, terminal: Terminal) -> Source:
     """Open the source; what starts to flow when it is opened is opened last, with everything compiled."""
-    if not args.source.startswith(LIVE):
+    if not is_live(args.source):
         speed = 1.0 if args.speed is None else args.speed
         return open_source(args.source, probe=probe, speed=speed, chunk_ms=args.chunk_ms)
     with terminal.waiting("warming up"):

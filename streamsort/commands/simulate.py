@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from streamsort.commands.summary import print_rows
 from streamsort.commands.terminal import Terminal
@@ -12,7 +13,9 @@ from streamsort.simulate import SimulationConfig, truth, write_recording
 def main(args: argparse.Namespace) -> int:
     """Write OUT/recording and OUT/truth."""
     names = {field.name for field in dataclasses.fields(SimulationConfig)}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if value is not None}
+    given: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(args).items() if value is not None
+    }
     config = SimulationConfig(**{name: value for name, value in given.items() if name in names})
     with Terminal() as terminal, terminal.bar("simulating") as show:
         write_recording(config, args.out, show)

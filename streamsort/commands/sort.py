@@ -3,8 +3,7 @@
 import argparse
 import time
 
-from streamsort.commands.options import config_of, manifest_of, probe_of
-from streamsort.commands.run import LIVE
+from streamsort.commands.options import config_of, is_live, manifest_of, probe_of, warn_of_assumed_probe
 from streamsort.commands.summary import print_summary
 from streamsort.commands.terminal import Interrupts, Terminal
 from streamsort.errors import StreamsortError
@@ -18,13 +17,12 @@ _POLL_S = 0.1
 
 def main(args: argparse.Namespace) -> int:
     """Sort a recording; Ctrl-C leaves a session of what was read so far."""
-    if args.source.startswith(LIVE):
+    if is_live(args.source):
         raise StreamsortError(f"sort {args.source}: a live stream, expected a recording; `streamsort run` takes live ones")
     config, probe = config_of(args), probe_of(args)
     with Terminal() as terminal, open_source(args.source, probe=probe, chunk_ms=args.chunk_ms) as source:
         sorter = Sorter(config, source.info, probe)
-        if source.info.probe is None:
-            terminal.say("streamsort: the recording has no probe: a column of contacts 20 um apart is assumed", "yellow")
+        warn_of_assumed_probe(sorter)
         writer = SessionWriter(args.session, manifest_of(sorter, args.source), sorter.probe, source.info.sampling_frequency)
         stream = Stream(source, sorter, archive=writer)
         began = time.monotonic()

@@ -60,14 +60,18 @@ def print_summary(status: Mapping[str, Any], sorter: Sorter, args: argparse.Name
     pace = "" if status["live"] else f" in {wall_s:.1f} s, {figures['seconds'] / max(wall_s, 1e-3):.1f} x real time"
     rows = [
         ("sorted", f"{figures['seconds']:.1f} s of {sorter.info.n_channels} channels{pace}"),
-        ("units", str(figures["n_units"]) if sorter.calibrated else f"none: stopped at {100 * sorter.progress:.0f} % of calibration"),
+        (
+            "units",
+            str(figures["n_units"]) if sorter.calibrated else f"none: stopped at {100 * sorter.progress:.0f} % of calibration",
+        ),
         ("spikes", f"{figures['spikes']}, {figures['unsorted']} of them unsorted"),
         ("lost", f"{figures['samples_lost']} samples"),
     ]
     for kind, n in figures["samples_unusable"].items():
         rows.append((kind, f"{n} samples"))
     if figures["latency_ms"]["n"]:
-        rows.append(("latency", f"{spread_words(figures['latency_ms'])}, trough to published; look-ahead {figures['floor_ms']:.1f} ms"))
+        rows.append(("latency", f"{spread_words(figures['latency_ms'])}, trough to published"))
+        rows.append(("floor", f"{figures['floor_ms']:.1f} ms, the look-ahead"))
     if figures["outputs_dropped"] or figures["sink_errors"]:
         rows.append(("sinks", f"{figures['outputs_dropped']} outputs dropped, {figures['sink_errors']} errors"))
     rows.append(("encoder", f"{figures['encoder']} on {figures['provider']}"))

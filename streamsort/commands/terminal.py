@@ -120,7 +120,9 @@ class Terminal:
             TaskProgressColumn(),
             TimeRemainingColumn(compact=True),
         )
-        with Progress(*columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal) as bar:
+        with Progress(
+            *columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal
+        ) as bar:
             task = bar.add_task(label, total=1.0)
             yield lambda fraction: bar.update(task, completed=fraction, refresh=True)
 

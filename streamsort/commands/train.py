@@ -23,6 +23,7 @@ def main(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from the last checkpoint in {out}")
         return 0
-    contract = export(out, out / f"{args.name}.onnx")
-    print_rows([("model", str(out / f"{args.name}.onnx")), ("sha256", contract["sha256"]), ("use", "encode.model in a config, or --model")])
+    model = out / f"{args.name}.onnx"
+    contract = export(out, model)
+    print_rows([("model", str(model)), ("sha256", contract["sha256"]), ("use", "with --model, or encode.model in a config")])
     return 0

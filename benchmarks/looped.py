@@ -1,0 +1,71 @@
+"""A simulated recording of some seconds, played over and over: one source of any length that costs next to nothing to deliver.
+
+Making samples takes longer than sorting them, and a long recording of 384 channels does not fit into memory, so the same spikes
+come again in every round while sample_index grows on and on. Where the end meets the beginning a spike may be cut, and nothing jumps,
+because the noise is white in time.
+"""
+
+import itertools
+from collections.abc import Iterator
+from threading import Event
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsort.records import Chunk, StreamInfo
+from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
+from streamsort.sources.pace import chunk_length, paced_chunks
+
+PROBES = {4: "tetrode", 32: "grid32", 128: "neuropixels128", 384: "neuropixels384"}
+CHANNELS_PER_UNIT = 2
+
+
+def simulation(n_channels: int, seconds: float, seed: int = 0) -> SimulationConfig:
+    """Choose a recording for so many channels: a unit for every two of them, 1 to 12 spikes a second each, with noise between."""
+    return SimulationConfig(seconds=seconds, probe_name=PROBES[n_channels], n_units=n_channels // CHANNELS_PER_UNIT, seed=seed)
+
+
+class Looped:
+    """A source that repeats a recording.
+
+    Parameters
+    ----------
+    config : SimulationConfig
+        What is repeated.
+    seconds : float
+        Length of the stream.
+    speed : float, optional
+        Multiple of real time; None delivers as fast as chunks are taken.
+    chunk_ms : float
+    """
+
+    def __init__(self, config: SimulationConfig, seconds: float, speed: float | None = None, chunk_ms: float = 1.0) -> None:
+        recording = simulate_recording(config)
+        rate = config.sampling_frequency
+        self._n_chunk = chunk_length(rate, chunk_ms, None)
+        self._n_chunks = max(round(seconds * rate) // self._n_chunk, 1)
+        whole = len(recording.traces) // self._n_chunk * self._n_chunk
+        self._rounds = recording.traces[:whole].reshape(-1, self._n_chunk, recording.probe.n_channels)
+        self._speed = speed
+        self._closed = Event()
+        gain_uv = np.full(recording.probe.n_channels, GAIN_UV, np.float32)
+        n_channels, dtype = recording.probe.n_channels, recording.traces.dtype
+        self.info = StreamInfo(config.probe_name, rate, n_channels, dtype, gain_uv, recording.probe, live=speed is not None)
+        self.counters: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return paced_chunks(self._blocks(), self.info.sampling_frequency, self._speed, self._closed)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _blocks(self) -> Iterator[NDArray[Any]]:
+        return itertools.islice(itertools.cycle(self._rounds), self._n_chunks)

@@ -1,0 +1,92 @@
+"""The benchmarks run, for about a second each, and write what they say they do; how fast is not tested here."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+
+def run(script: str, out: Path, *arguments: str) -> list[dict[str, Any]]:
+    """Run a benchmark as a user does, and return its rows."""
+    command = [sys.executable, str(FOLDER / script), *arguments, "--json", str(out)]
+    path = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env={**os.environ, "PYTHONPATH": path})
+    assert done.returncode == 0, done.stderr
+    report = json.loads(out.read_text())
+    assert report["machine"]["cores"] >= 1 and "numpy" in report["versions"]
+    assert done.stdout.startswith(report["benchmark"])
+    return report["results"]
+
+
+def test_throughput_measures_every_case(tmp_path: Path) -> None:
+    case = (
+        "--channels",
+        "4",
+        "32",
+        "--chunk-ms",
+        "1",
+        "10",
+        "--seconds",
+        "0.5",
+        "--repeats",
+        "1",
+        "--warmup-s",
+        "2.5",
+        "--loop-s",
+        "1",
+    )
+    rows = run("throughput.py", tmp_path / "out.json", *case)
+    assert [(row["channels"], row["chunk_ms"]) for row in rows] == [(4, 1), (4, 10), (32, 1), (32, 10)]
+    for row in rows:
+        assert row["signal_x"] > row["whole_x"] > 0
+        assert 0 < row["whole_p50_ms"] <= row["whole_p99_ms"] <= row["whole_max_ms"]
+        assert row["peaks_per_s"] > 0 and row["encoder_spikes_per_s"] > 0
+
+
+@pytest.mark.parametrize("transport", ["zmq", pytest.param("lsl", marks=pytest.mark.lsl)])
+def test_latency_is_measured_from_trough_to_subscriber(transport: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if transport == "lsl":
+        request.getfixturevalue("lsl_config")
+    case = (
+        "--channels",
+        "4",
+        "--chunk-ms",
+        "1",
+        "--seconds",
+        "1.5",
+        "--warmup-s",
+        "2.5",
+        "--loop-s",
+        "2",
+        "--transport",
+        transport,
+    )
+    (row,) = run("latency.py", tmp_path / "out.json", *case)
+    assert row["samples_sent"] == row["samples_acquired"] == 30 * 6000
+    assert row["spikes_received"] == row["spikes_published"] >= row["n"] > 0
+    assert row["look_ahead_ms"] < row["p50"] <= row["p99"] <= row["max"]
+    if sys.platform == "linux":
+        assert 0 < row["rss_first_mb"] <= row["rss_max_mb"] and row["cpu_sorter"] > 0
+
+
+def test_accuracy_scores_its_own_recordings_and_lists_rivals(tmp_path: Path) -> None:
+    late = {"units_gt": 6, "units_found": 5, "accuracy_mean": 0.5, "accuracy_median": 0.5, "precision_mean_matched": 0.9}
+    late |= {"recall_mean": 0.5, "accuracy_by_snr": {"3-5": 0.1}}
+    rival = {"recording": "tetrode", "sorter": "rival", "data_sha256": "0", "late": late}
+    (tmp_path / "peers.json").write_text(json.dumps({"runs": {"tetrode/rival": rival}}))
+    rows = run("accuracy.py", tmp_path / "out.json", "--seconds", "12", "--windows", "--peers", str(tmp_path / "peers.json"))
+    ours = [row for row in rows if row["sorter"] == "streamsort"]
+    assert [(row["recording"], row["sorter"]) for row in rows] == [
+        ("tetrode", "streamsort"),
+        ("tetrode", "rival"),
+        ("grid32", "streamsort"),
+    ]
+    for row in ours:
+        assert row["accuracy_mean"] > 0.2 and row["snr_8-15"] > row["snr_3-5"]
+        assert len(row["windows"]) == 1
