@@ -5,11 +5,11 @@
 Four processes on this machine, for each case: a player that sends a simulated recording in real time through a real LSL outlet or
 ZeroMQ publisher; `streamsort run`, the very command, which sorts and publishes over ZeroMQ; a subscriber that notes
 `time.monotonic()` when a message is in its hands; and a loop that only sleeps until the next ms and notes how late it wakes up,
-which is what the machine itself adds. Latency is receipt minus the `time` of each spike (its trough), of all spikes from `SETTLE_S` after
-calibration on. What no implementation can beat is printed as the floor: look-ahead, and the chunk that has to fill. Memory is the
-resident memory of the sorting process, once a second; CPU is a share of one core. Percentiles of the stages are medians, over the
-seconds, of those in the `status` messages. Where `peaks/s` exceeds what the encoder can do, spikes queue and latency grows without
-bound: that is then the result.
+which is what the machine itself adds. Latency is receipt minus the `time` of each spike (its trough), of all spikes from `SETTLE_S`
+after calibration on. What no implementation can beat is printed as the floor: look-ahead, and the chunk that has to fill. Memory is
+the resident memory of the sorting process, twice a second; CPU is a share of one core. Percentiles of the stages are medians, over
+the seconds, of those in the `status` messages. Where `peaks/s` exceeds what the encoder can do, spikes queue and latency grows
+without bound: that is then the result.
 """
 
 import argparse
@@ -67,6 +67,7 @@ COLUMNS = {
 STAGES = ("acquire", "detect", "assign", "publish", "total")
 _READY_S = 120.0
 _SILENCE_S = 30.0
+_LOOK_S = 0.5
 _QUIET_S = 1.0  # after the last sample, what is on its way still arrives
 _TICK_S = 1e-3
 
@@ -240,7 +241,7 @@ def measure(n_channels: int, chunk_ms: float, transport: str, args: argparse.Nam
         sleeper = start(__file__, "--role", "idle", "--out", str(lateness))
         sleeper.wait_ready()
         sorter = start(*run)
-        for _ in _seconds_until_ended(player.process, sorter.process):
+        for _ in _looks_until_ended(player.process, sorter.process):
             sorter.look()
             player.look()
         sent = player.finish()["samples_sent"]
@@ -258,12 +259,12 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _seconds_until_ended(*processes: "subprocess.Popen[str]") -> Iterator[None]:
-    """Step once a second until one of the processes ends."""
+def _looks_until_ended(*processes: "subprocess.Popen[str]") -> Iterator[None]:
+    """Step twice a second until one of the processes ends."""
     while all(process.poll() is None for process in processes):
         yield
         with contextlib.suppress(subprocess.TimeoutExpired):
-            processes[0].wait(1.0)
+            processes[0].wait(_LOOK_S)
 
 
 def _figures(
@@ -281,8 +282,8 @@ def _figures(
     from_sample = (args.warmup_s + SETTLE_S) * rate
     counts = spikes["sample_index"] >= from_sample
     pause = ~counts & (spikes["sample_index"] >= (args.warmup_s - SETTLE_S) * rate)
-    last = heard["statuses"][-1]
-    began = last["time"] - last["samples_acquired"] / rate  # host time of sample 0, to some ms
+    # Host time of sample 0, to a ms or two: a status can only be late.
+    began = min(status["time"] - status["samples_acquired"] / rate for status in heard["statuses"])
     from_time = began + args.warmup_s + SETTLE_S
     empty = lateness[lateness[:, 0] >= from_time, 1]
     received = spread(1e3 * spikes["latency_s"][counts], (50, 95, 99, 99.9))
@@ -303,8 +304,10 @@ def _figures(
         "calibration_pause_ms": float(1e3 * spikes["latency_s"][pause].max(initial=0.0)),
         **{f"empty_{name}": value for name, value in spread(1e3 * empty, (50, 99)).items()},
         "stages_ms": {stage: _typical(heard["statuses"], stage, from_time) for stage in STAGES},
+        "stage_maxima_ms": _maxima(heard["statuses"], from_time),
         "samples_sent": sent,
         "samples_acquired": counted["samples_acquired"],
+        "chunks_received": heard["statuses"][-1]["chunks"],
         "samples_lost": sent - counted["samples_acquired"],
         "spikes_published": counted["spikes"],
         "spikes_received": len(spikes["sample_index"]),
@@ -325,6 +328,13 @@ def _typical(statuses: list[dict[str, Any]], stage: str, from_time: float) -> di
         return {}
     medians = {name: float(np.median([row[name] for row in rows])) for name in ("p50", "p95", "p99")}
     return medians | {"max": float(max(row["max"] for row in rows))}
+
+
+def _maxima(statuses: list[dict[str, Any]], from_time: float) -> dict[str, list[float | None]]:
+    """List each stage's maximum in every second: which stage it was that stalled, and when."""
+    rows = [status for status in statuses if status["time"] > from_time + 1]
+    maxima = {stage: [row["latency_interval_ms"].get(stage, {}).get("max") for row in rows] for stage in STAGES}
+    return maxima | {"at_s": [round(row["time"] - from_time, 2) for row in rows]}
 
 
 def _usage(child: Child, name: str, from_time: float) -> dict[str, Any]:

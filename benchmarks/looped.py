@@ -1,8 +1,8 @@
 """A simulated recording of some seconds, played over and over: one source of any length that costs next to nothing to deliver.
 
 Making samples takes longer than sorting them, and a long recording of 384 channels does not fit into memory, so the same spikes
-come again in every round while sample_index grows on and on. Where the end meets the beginning a spike may be cut, and nothing jumps,
-because the noise is white in time.
+come again in every round while sample_index grows on and on. Where the end meets the beginning a spike may be cut, and nothing
+jumps, because the noise is white in time.
 """
 
 import itertools

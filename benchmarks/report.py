@@ -69,9 +69,8 @@ def spread(values: ArrayLike, percentiles: Sequence[float] = (50, 95, 99)) -> di
     names = [f"p{q:g}" for q in percentiles]
     if not len(values):
         return dict.fromkeys([*names, "max"])
-    return {name: float(np.percentile(values, q)) for name, q in zip(names, percentiles, strict=True)} | {
-        "max": float(values.max())
-    }
+    found: dict[str, float | None] = dict(zip(names, np.percentile(values, percentiles).tolist(), strict=True))
+    return found | {"max": float(values.max())}
 
 
 @contextlib.contextmanager

@@ -108,8 +108,8 @@ class ClusterConfig:
     # Squared distances to the own prototype, as multiples of a member's mean (n_dims). Overlapping spikes reach 8.
     outlier: float = 8.0  # further off a spike is unsorted
     strange: float = 4.0  # further off it is remembered: many of them together are a unit that moved or a new one
-    clear: float = 1.5  # only spikes nearer than this, with a posterior over 0.9, teach their prototype
-    slowest: float = 0.02  # a prototype follows its last 50 spikes
+    clear: float = 2.5  # only spikes nearer than this, with a posterior over 0.9, teach their prototype
+    slowest: float = 0.04  # a prototype follows its last 25 spikes
     birth_spikes: int = 25  # so many spikes that fit no prototype and lie together make a new one
     birth_s: float = 60.0  # within this time
     compact: float = 2.0  # lie together: mean squared distance over n_dims; members of a unit have 1, overlaps more

@@ -4,7 +4,9 @@ Each is started with `python -m streamsort.demo_children ROLE ...`, says `ready`
 neither can outlive the demo, however that ends. What it has counted it prints as one line of JSON.
 """
 
+import contextlib
 import json
+import os
 import signal
 import sys
 import threading
@@ -77,7 +79,9 @@ def main() -> None:
     """Play one of the roles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the demo's to handle
     role, *arguments = sys.argv[1:]
-    print(json.dumps({"play": play, "decode": decode}[role](*arguments)), flush=True)
+    counted = {"play": play, "decode": decode}[role](*arguments)
+    with contextlib.suppress(BrokenPipeError):  # the demo may have been killed
+        os.write(1, json.dumps(counted).encode())
 
 
 if __name__ == "__main__":

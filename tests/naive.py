@@ -83,3 +83,32 @@ def whiten(traces: Floats, table: NDArray[np.int32], weights: Floats) -> Floats:
     for k in range(len(table)):
         out += traces[:, table[k]].astype(np.float64) * weights[k]
     return out.astype(np.float32)
+
+
+def assign_nearest(
+    white: NDArray[Any],
+    channel: NDArray[Any],
+    home: NDArray[Any],
+    mean: NDArray[Any],
+    spread: NDArray[Any],
+    log_weight: NDArray[Any],
+    unit: NDArray[Any],
+) -> tuple[list[int], list[float], list[float]]:
+    """Most probable of the Gaussians on each spike's channel, its scaled distance, and the posterior of its unit."""
+    prototypes, distances, confidences = [], [], []
+    for x, c in zip(white, channel, strict=True):
+        rows = [p for p in range(len(home)) if home[p] == c]
+        if not rows:
+            prototypes.append(-1)
+            distances.append(float("inf"))
+            confidences.append(0.0)
+            continue
+        z = [float(((x.astype(float) - mean[p]) ** 2).sum() / spread[p]) for p in rows]
+        scores = [-0.5 * (d + len(x) * np.log(spread[p])) + log_weight[p] for d, p in zip(z, rows, strict=True)]
+        best = int(np.argmax(scores))
+        weights = np.exp(np.array(scores) - scores[best])
+        ours = [unit[p] == unit[rows[best]] for p in rows]
+        prototypes.append(rows[best])
+        distances.append(z[best])
+        confidences.append(float(weights[ours].sum() / weights.sum()))
+    return prototypes, distances, confidences

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -49,26 +47,10 @@ def test_throughput_measures_every_case(tmp_path: Path) -> None:
         assert row["peaks_per_s"] > 0 and row["encoder_spikes_per_s"] > 0
 
 
-@pytest.mark.parametrize("transport", ["zmq", pytest.param("lsl", marks=pytest.mark.lsl)])
-def test_latency_is_measured_from_trough_to_subscriber(transport: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    if transport == "lsl":
-        request.getfixturevalue("lsl_config")
-    case = (
-        "--channels",
-        "4",
-        "--chunk-ms",
-        "1",
-        "--seconds",
-        "1.5",
-        "--warmup-s",
-        "2.5",
-        "--loop-s",
-        "2",
-        "--transport",
-        transport,
-    )
+def test_latency_is_measured_from_trough_to_subscriber(tmp_path: Path) -> None:
+    case = ("--channels", "4", "--chunk-ms", "1", "--seconds", "2", "--warmup-s", "2.5", "--loop-s", "2", "--transport", "zmq")
     (row,) = run("latency.py", tmp_path / "out.json", *case)
-    assert row["samples_sent"] == row["samples_acquired"] == 30 * 6000
+    assert row["samples_sent"] == row["samples_acquired"] == 30 * 6500
     assert row["spikes_received"] == row["spikes_published"] >= row["n"] > 0
     assert row["look_ahead_ms"] < row["p50"] <= row["p99"] <= row["max"]
     if sys.platform == "linux":
@@ -80,7 +62,7 @@ def test_accuracy_scores_its_own_recordings_and_lists_rivals(tmp_path: Path) -> 
     late |= {"recall_mean": 0.5, "accuracy_by_snr": {"3-5": 0.1}}
     rival = {"recording": "tetrode", "sorter": "rival", "data_sha256": "0", "late": late}
     (tmp_path / "peers.json").write_text(json.dumps({"runs": {"tetrode/rival": rival}}))
-    rows = run("accuracy.py", tmp_path / "out.json", "--seconds", "12", "--windows", "--peers", str(tmp_path / "peers.json"))
+    rows = run("accuracy.py", tmp_path / "out.json", "--seconds", "24", "--windows", "--peers", str(tmp_path / "peers.json"))
     ours = [row for row in rows if row["sorter"] == "streamsort"]
     assert [(row["recording"], row["sorter"]) for row in rows] == [
         ("tetrode", "streamsort"),
@@ -89,4 +71,4 @@ def test_accuracy_scores_its_own_recordings_and_lists_rivals(tmp_path: Path) -> 
     ]
     for row in ours:
         assert row["accuracy_mean"] > 0.2 and row["snr_8-15"] > row["snr_3-5"]
-        assert len(row["windows"]) == 1
+        assert len(row["windows"]) == 2

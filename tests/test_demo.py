@@ -131,7 +131,16 @@ def empty_page() -> report.Page:
     }
     nothing = np.zeros(0, np.int32)
     return report.Page(
-        figures, np.zeros(0, SPIKE_DTYPE), 30000.0, Probe.linear(4), {}, [], np.zeros((0, 32), np.float32), nothing, nothing, np.zeros(0)
+        figures,
+        np.zeros(0, SPIKE_DTYPE),
+        30000.0,
+        Probe.linear(4),
+        {},
+        [],
+        np.zeros((0, 32), np.float32),
+        nothing,
+        nothing,
+        np.zeros(0),
     )
 
 

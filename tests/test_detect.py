@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from streamsort.kernels import detect as kernels_detect
-from streamsort.kernels import preprocess as kernels
 from streamsort.config import DetectConfig, PreprocessConfig, SnippetConfig
 from streamsort.detect import Detect
+from streamsort.kernels import detect as kernels_detect
+from streamsort.kernels import preprocess as kernels
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE, Flag, StreamInfo

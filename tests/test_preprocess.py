@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
-from streamsort.kernels import preprocess as kernels
 from streamsort.config import PreprocessConfig
 from streamsort.errors import StreamsortError
+from streamsort.kernels import preprocess as kernels
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
 from streamsort.records import Gap, StreamInfo

@@ -9,6 +9,7 @@ import logging
 import logging.handlers
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Self
@@ -20,6 +21,7 @@ from rich.text import Text
 
 _HELD_RECORDS = 1000
 _LABEL_WIDTH = 12
+_REFRESH_S = 0.5  # drawing takes a millisecond or two from the threads that sort
 
 
 class Aborted(KeyboardInterrupt):
@@ -124,7 +126,16 @@ class Terminal:
             *columns, console=self.console, transient=True, auto_refresh=False, disable=not self.console.is_terminal
         ) as bar:
             task = bar.add_task(label, total=1.0)
-            yield lambda fraction: bar.update(task, completed=fraction, refresh=True)
+            drawn = 0.0
+
+            def show(fraction: float) -> None:
+                nonlocal drawn
+                now = time.monotonic()
+                if now - drawn >= _REFRESH_S:
+                    bar.update(task, completed=fraction, refresh=True)
+                    drawn = now
+
+            yield show
 
     @contextlib.contextmanager
     def waiting(self, label: str) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Turn a trained checkpoint into what the live sorter loads: one ONNX file and its contract beside it.
 
 The batch dimension is left open: the live encoder closes it when it makes its session. The last linear layer is multiplied with
-the map that makes the spread within simulated units white, so that distances between embeddings count in spreads of a unit.
-Files are written under temporary names, checked against torch, and put in place by a rename, the contract last.
+a map that evens out the spread within simulated units, so that a distance between embeddings means much the same in every
+direction and is on average the root of `n_dims` between a spike and its unit. Files are written under temporary names, checked
+against torch, and put in place by a rename, the contract last.
 """
 
 import copy
@@ -28,11 +29,11 @@ from streamsort.train.validate import Validation
 
 OPSET = 18
 PARITY = 1e-4  # largest difference between onnxruntime and torch that is accepted
-SEED = (2**31, 1)  # of the units that whitening and parity are measured on; no training bank's
+SEED = (2**31, 1)  # of the units that spread and parity are measured on; no training bank's
 
 
 def load_encoder(checkpoint: Path) -> tuple[Encoder, dict[str, Any]]:
-    """Return the slow encoder of a checkpoint, its output whitened, and the run that made it.
+    """Return the slow encoder of a checkpoint, its output evened out, and the run that made it.
 
     The slow encoder is an average over the last hundred steps and scores no worse than the fast one.
 
@@ -47,7 +48,7 @@ def load_encoder(checkpoint: Path) -> tuple[Encoder, dict[str, Any]]:
     model = HuiduRep(HuiduRepConfig(**state["config"]["network"]))
     model.load_state_dict(state["model"])
     encoder = copy.deepcopy(model.slow_encoder).eval()
-    whiten(encoder)
+    even_out(encoder)
     run = {**state["config"], "steps_done": state["step"], "seconds": round(state["seconds"])}
     run.pop("out")
     return encoder, run
@@ -63,18 +64,24 @@ def _drawn(n_sites: int, n_units: int, n_spikes: int) -> NDArray[np.float32]:
 
 
 @torch.no_grad()
-def whiten(encoder: Encoder, n_sites: int = 64, n_spikes: int = 20) -> None:
-    """Fold into the last layer the map that gives spikes of a unit, averaged over units, the identity as covariance."""
+def even_out(encoder: Encoder, n_sites: int = 64, n_spikes: int = 20) -> None:
+    """Fold into the last layer a map that evens out the spread of spikes around their unit; its mean variance becomes 1.
+
+    Not whitening whole: the mean variance is added to every direction, else those in which nothing ever happens are blown up to
+    the size of the others, and spikes with another spike on top land far away.
+    """
     snippets = torch.from_numpy(_drawn(n_sites, 8, n_spikes))
     embeddings = torch.stack([encoder(unit) for unit in snippets]).double()
     residuals = (embeddings - embeddings.mean(dim=1, keepdim=True)).flatten(0, 1)
     spread = residuals.T @ residuals / (len(residuals) - len(embeddings))
     values, vectors = torch.linalg.eigh(spread)
-    root = vectors @ torch.diag((values + 1e-3 * values.mean()).rsqrt()) @ vectors.T
+    scales = (values + values.mean()).rsqrt()
+    scales /= (scales.square() * values).mean().sqrt()
+    even = vectors @ torch.diag(scales) @ vectors.T
     center = embeddings.mean(dim=(0, 1))
     layer = encoder.reduce
-    layer.bias.copy_(root @ (layer.bias.double() - center))
-    layer.weight.copy_(root @ layer.weight.double())
+    layer.bias.copy_(even @ (layer.bias.double() - center))
+    layer.weight.copy_(even @ layer.weight.double())
 
 
 def to_onnx(encoder: Encoder, config: HuiduRepConfig) -> bytes:
