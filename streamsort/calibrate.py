@@ -28,6 +28,8 @@ from streamsort.config import ClusterConfig
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+_MOST_ECHOES = 0.3  # of a unit's spikes, beyond chance; a synapse drives fewer
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -106,9 +108,10 @@ def calibrate(
     total = np.bincount(unit, weights=size, minlength=1)[unit]
     # The heights of noise above a threshold t exceed it by 1/t on average; a unit's exceed it by more.
     reject = height < detect_threshold + config.noise_excess / detect_threshold
-    times = peaks["sample_index"].astype(np.int64)
+    for k in np.flatnonzero(~reject):
+        wide = np.unique(neighbors[neighbors[home[k]]])
+        reject[k] = _is_echo(members[k], height[k], peaks, amplitudes, wide, sampling_frequency)
     unit = np.where(reject | (total < config.min_spikes), -1, unit)
-    unit = _drop_echoes(unit, members, times, height, home, neighbors, sampling_frequency)
     mean = np.array([white[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, white.shape[1])
     spread = np.array([np.mean((white[m] - mean[k]) ** 2) for k, m in enumerate(members)], np.float32)
     return Calibration(whitening, home, _renumber(unit, size), size, mean, spread, template)
@@ -264,8 +267,8 @@ def template_mismatch(
     Returns
     -------
     float
-        Energy of the difference over what one unit's clusters may differ by, smallest over lags: below 1 they are one unit. Infinite
-        when the peak channel of one is not among the other's channels.
+        Energy of the difference over what one unit's clusters may differ by, smallest over lags: below 1 they are one unit.
+        Infinite when the peak channel of one is not among the other's channels.
 
     Notes
     -----
@@ -305,30 +308,15 @@ def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDAr
     return unit
 
 
-def _drop_echoes(
-    unit: Ints, members: list[Ints], times: Ints, height: NDArray[np.float64], home: Ints, neighbors: NDArray[np.int32], rate: float
-) -> Ints:
-    """Reject clusters that ride on a larger one: most of their spikes lie at one lag, under 1.5 ms, from its spikes."""
-    span, width = int(1.5e-3 * rate), max(int(0.25e-3 * rate), 1)
-    out = unit.copy()
-    for k in np.flatnonzero(unit >= 0):
-        for j in np.flatnonzero((unit >= 0) & (height > 1.3 * height[k])):
-            if home[j] not in neighbors[home[k]] or unit[j] == unit[k]:
-                continue
-            lags = _lags(times[members[j]], times[members[k]], span)
-            if len(lags) > 0.5 * len(members[k]):
-                counts = np.convolve(np.bincount(lags + span, minlength=2 * span + 1), np.ones(width), "same")
-                if counts.max() > 0.5 * len(members[k]):
-                    out[k] = -1
-                    break
-    return out
+def _is_echo(own: Ints, height: float, peaks: NDArray[Any], amplitudes: Floats, wide: Ints, rate: float) -> bool:
+    """Tell whether a cluster's spikes mostly come with larger ones: after-waves nearby, the reference's inverted copies anywhere.
 
-
-def _lags(reference: Ints, times: Ints, span: int) -> Ints:
-    """Lag of each time to its nearest reference, those within +-span."""
-    right = np.clip(np.searchsorted(reference, times), 0, len(reference) - 1)
-    left = np.maximum(right - 1, 0)
-    to_right, to_left = times - reference[right], times - reference[left]
-    lag = np.where(np.abs(to_right) < np.abs(to_left), to_right, to_left)
-    kept: Ints = lag[np.abs(lag) <= span]
-    return kept
+    The share that has a larger peak (1.5 times nearby, 3 times elsewhere) from 2 ms before to 0.3 ms after is compared with chance.
+    """
+    loud = amplitudes > np.where(np.isin(peaks["channel"], wide), 1.5, 3.0) * height
+    times, loud_times = peaks["sample_index"][own], peaks["sample_index"][loud]
+    before, after = int(2e-3 * rate), int(0.3e-3 * rate)
+    hit = np.searchsorted(loud_times, times + after, "right") > np.searchsorted(loud_times, times - before)
+    span = max(int(peaks["sample_index"][-1] - peaks["sample_index"][0]), 1)
+    chance = 1 - np.exp(-len(loud_times) * (before + after) / span)
+    return bool((hit.mean() - chance) / max(1 - chance, 1e-9) > _MOST_ECHOES)

@@ -202,10 +202,14 @@ def test_scores_of_features_that_are_known() -> None:
     assert centroid_accuracy(hidden, units, whiten=False) < 0.6
 
 
-def test_export_computes_what_torch_does_and_loads_live(config: TrainConfig, bank: Bank, tmp_path: Path) -> None:
+def test_export_computes_what_torch_does_and_loads_live(
+    config: TrainConfig, bank: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnx")
+    from streamsort.train import export as module
     from streamsort.train.export import export, load_encoder
 
+    monkeypatch.setattr(module, "Validation", lambda: Validation(n_sites=2))
     Run.start(config).save(config)
     contract = export(config.out, tmp_path / "tiny.onnx", version="7")
     assert json.loads((tmp_path / "tiny.json").read_text()) == contract
