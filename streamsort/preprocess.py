@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.signal import butter, sosfilt
 
-from streamsort.kernels import preprocess as kernels
 from streamsort.config import PreprocessConfig
 from streamsort.errors import StreamsortError
+from streamsort.kernels import preprocess as kernels
 from streamsort.noise import NoiseLevel, RowCollector, Whitening, find_good_channels, mad, subtract_reference
 from streamsort.probe import Probe
 from streamsort.records import Gap, GapKind, StreamInfo

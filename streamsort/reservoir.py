@@ -20,23 +20,25 @@ class Reservoir:
 
     Parameters
     ----------
-    n_channels : int
+    n_channels, n_dims : int
+    snippet_shape : tuple of int
+        (n_snippet_samples, n_neighbors).
     seed : int
     capacity : int, optional
         Peaks per channel; by default 1500, less on large probes so that at most 60,000 snippets (130 MB) are kept.
     """
 
-    def __init__(self, n_channels: int, seed: int, capacity: int | None = None) -> None:
+    def __init__(
+        self, n_channels: int, n_dims: int, snippet_shape: tuple[int, int], seed: int, capacity: int | None = None
+    ) -> None:
+        self._n_dims, self._snippet_shape = n_dims, snippet_shape
         self._capacity = capacity or int(np.clip(60_000 // n_channels, 150, 1500))
         self._rng = np.random.default_rng(seed)
         self._rows: list[list[Row]] = [[] for _ in range(n_channels)]
         self._n_seen = [0] * n_channels
-        self._empty: tuple[Floats, Floats] | None = None
 
     def add(self, peaks: NDArray[Any], embeddings: Floats, snippets: Floats) -> None:
         """Take peaks in; `embeddings` and `snippets` (noise units) are row by row theirs."""
-        if self._empty is None:
-            self._empty = embeddings[:0], snippets[:0]
         for peak, embedding, snippet in zip(peaks, embeddings, snippets, strict=True):
             channel = int(peak["channel"])
             rows = self._rows[channel]
@@ -52,11 +54,8 @@ class Reservoir:
         """Return peaks, embeddings and snippets in order of (sample_index, channel), and forget them."""
         rows = [row for channel in self._rows for row in channel]
         self._rows = [[] for _ in self._rows]
-        if not rows:
-            embeddings, snippets = (
-                self._empty if self._empty is not None else (np.empty((0, 1), np.float32), np.empty((0, 1, 1), np.float32))
-            )
-            return np.empty(0, PEAK_DTYPE), embeddings, snippets
         peaks = np.array([row[0] for row in rows], PEAK_DTYPE)
+        embeddings = np.array([row[1] for row in rows], np.float32).reshape(len(rows), self._n_dims)
+        snippets = np.array([row[2] for row in rows], np.float32).reshape(len(rows), *self._snippet_shape)
         order = np.lexsort((peaks["channel"], peaks["sample_index"]))
-        return peaks[order], np.array([row[1] for row in rows])[order], np.array([row[2] for row in rows])[order]
+        return peaks[order], embeddings[order], snippets[order]

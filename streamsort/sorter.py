@@ -72,7 +72,8 @@ class Sorter:
         self._detect = Detect(config.detect, self.probe, rate, self._snippets.n_before, self._snippets.n_after)
         self.registry = Registry(rate)
         self.prototypes: Prototypes | None = None
-        self._reservoir = Reservoir(info.n_channels, config.seed)
+        snippet_shape = self._snippets.n_before + self._snippets.n_after, config.snippets.n_neighbors
+        self._reservoir = Reservoir(info.n_channels, self.encoder.n_dims, snippet_shape, config.seed)
         self._period_samples = max(round(config.cluster.period_s * rate), 1)
         self._warmup_samples = round(config.warmup_s * rate)
         self._next_sample: int | None = None
@@ -136,12 +137,20 @@ class Sorter:
 
     def encode(self, batches: Sequence[PeakBatch]) -> list[Floats]:
         """Embed the snippets of several batches in one go; a row's bits do not depend on the others."""
+        if not any(len(batch.peaks) for batch in batches):  # at 1 ms most are empty
+            return [np.empty((0, self.encoder.n_dims), np.float32)] * len(batches)
         snippets = np.concatenate([batch.snippets for batch in batches])
         embeddings = self.encoder(snippets, np.concatenate([batch.noise_level for batch in batches]))
         return np.split(embeddings, np.cumsum([len(batch.peaks) for batch in batches])[:-1])
 
     def assign(self, batch: PeakBatch, embeddings: Floats) -> Output:
         """Name the unit of each peak; nothing is learned."""
+        self._through_sample = batch.through_sample
+        through = max(batch.through_sample - self.margin_samples, 0)
+        spikes = self._name(batch, embeddings) if len(batch.peaks) else np.zeros(0, SPIKE_DTYPE)
+        return Output(through, spikes, self.registry.take_events(), list(batch.gaps), t_acquired=batch.t_acquired)
+
+    def _name(self, batch: PeakBatch, embeddings: Floats) -> NDArray[Any]:
         peaks = batch.peaks
         spikes = np.zeros(len(peaks), SPIKE_DTYPE)
         spikes["sample_index"] = peaks["sample_index"] - self._preprocess.delay_samples
@@ -156,11 +165,8 @@ class Sorter:
             spikes["unit_id"] = assignment.unit
             spikes["confidence"] = assignment.confidence
             spikes["flags"] |= self.registry.flags(assignment.unit)
-            if len(peaks):
-                self._taught.append((batch, assignment, spikes))
-        self._through_sample = batch.through_sample
-        through = max(batch.through_sample - self.margin_samples, 0)
-        return Output(through, spikes, self.registry.take_events(), list(batch.gaps), t_acquired=batch.t_acquired)
+            self._taught.append((batch, assignment, spikes))
+        return spikes
 
     def learn(self) -> None:
         """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""

@@ -124,8 +124,12 @@ class Registry:
         sample_index : int
             End of the period.
         """
-        for unit_id in np.unique(spikes["unit_id"][spikes["unit_id"] >= 0]).tolist():
-            unit, mine = self.units[unit_id], spikes["unit_id"] == unit_id
+        order = np.argsort(spikes["unit_id"], kind="stable")
+        names, starts = np.unique(spikes["unit_id"][order], return_index=True)
+        for unit_id, mine in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
+            if unit_id < 0:
+                continue
+            unit = self.units[unit_id]
             if unit.dormant:
                 unit.dormant = False
                 self.record("revived", int(spikes["sample_index"][mine][0]), unit_id, "fires again")
@@ -142,8 +146,8 @@ class Registry:
 
     def flags(self, unit_id: NDArray[Any]) -> NDArray[np.uint16]:
         """Return the flags a unit lends its spikes."""
-        young = [unit.unit_id for unit in self.units.values() if unit.n_spikes < PROBATION_SPIKES]
-        return np.where(np.isin(unit_id, young), int(Flag.PROBATION), 0).astype(np.uint16)
+        young = {unit.unit_id for unit in self.units.values() if unit.n_spikes < PROBATION_SPIKES}
+        return np.array([Flag.PROBATION if unit in young else 0 for unit in unit_id.tolist()], np.uint16)
 
     def table(self, sample_index: int) -> list[dict[str, Any]]:
         """List all units as the `units` topic publishes them."""
