@@ -159,7 +159,7 @@ class Sorter:
             spikes[name] = peaks[name]
         spikes["unit_id"] = UNSORTED
         if self.prototypes is None:
-            self._reservoir.add(peaks, embeddings, _noise_units(batch))
+            self._reservoir.add(peaks, embeddings, _noise_units(batch.snippets, batch.noise_level))
         else:
             assignment = self.prototypes.predict(embeddings, peaks["channel"])
             spikes["unit_id"] = assignment.unit
@@ -278,11 +278,12 @@ class Sorter:
         if self._taught:
             batches, assignments, spikes = zip(*self._taught, strict=True)
             self._taught = []
-            assignment, spikes = Assignment.join(assignments), np.concatenate(spikes)
-            snippets = np.concatenate([_noise_units(batch) for batch in batches])
-            prototypes.learn(assignment, np.concatenate([batch.peaks for batch in batches]), snippets)
+            assignment = Assignment.join(assignments)
+            snippets = np.concatenate([batch.snippets for batch in batches])
+            snippets = _noise_units(snippets, np.concatenate([batch.noise_level for batch in batches]))
+            prototypes.learn(assignment, _joined([batch.peaks for batch in batches]), snippets)
             heights = np.abs(snippets[:, self._snippets.n_before, 0])
-            self.registry.see(spikes, heights, assignment.distance, boundary)
+            self.registry.see(_joined(spikes), heights, assignment.distance, boundary)
         oldest = boundary - round(self.config.cluster.birth_s * self.info.sampling_frequency)
         for newcomer in prototypes.discover(oldest):
             self._welcome(prototypes, newcomer, boundary)
@@ -296,8 +297,13 @@ class Sorter:
             self._place(self.registry, prototypes, unit_id)
 
 
-def _noise_units(batch: PeakBatch) -> Floats:
+def _noise_units(snippets: Floats, noise_level: Floats) -> Floats:
     """Return the snippets over the noise level of each channel; silent where there is none."""
-    level = np.where(batch.noise_level > 0, batch.noise_level, np.float32(np.inf)).astype(np.float32)
-    scaled: Floats = batch.snippets / level[:, None, :]
+    level = np.where(noise_level > 0, noise_level, np.float32(np.inf)).astype(np.float32)
+    scaled: Floats = snippets / level[:, None, :]
     return scaled
+
+
+def _joined(records: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """Put record arrays one after the other, read-only; np.concatenate takes 6 us for each, this hardly any time."""
+    return np.frombuffer(b"".join(part.data for part in records), records[0].dtype)
