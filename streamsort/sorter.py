@@ -13,6 +13,7 @@ only where `_cut` splits the stream, at fixed sample indices; that is why the si
 last bit.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ from streamsort.snippets import Snippets
 from streamsort.units import Registry
 
 Floats = NDArray[np.float32]
+
+_log = logging.getLogger("streamsort.sorter")
 
 
 class Sorter:
@@ -69,6 +72,7 @@ class Sorter:
         self._preprocess = Preprocess(config.preprocess, info, self.probe)
         self._snippets = Snippets(config.snippets, self.probe, rate)
         self._check_snippets()
+        self._warn_of_band()
         self._detect = Detect(config.detect, self.probe, rate, self._snippets.n_before, self._snippets.n_after)
         self.registry = Registry(rate)
         self.prototypes: Prototypes | None = None
@@ -208,6 +212,18 @@ class Sorter:
             raise StreamsortError(
                 f"encoder {self.encoder.name}: takes {models} (samples before, samples after, channels), snippets have {ours}; "
                 "set snippets.ms_before, ms_after and n_neighbors to the model's"
+            )
+
+    def _warn_of_band(self) -> None:
+        config, contract = self.config.preprocess, self.encoder.contract
+        if (config.freq_min_hz, config.freq_max_hz) != (contract.freq_min_hz, contract.freq_max_hz):
+            _log.warning(
+                "the stream is filtered to %g-%g Hz, encoder %s was trained on %g-%g Hz",
+                config.freq_min_hz,
+                config.freq_max_hz,
+                contract.name,
+                contract.freq_min_hz,
+                contract.freq_max_hz,
             )
 
     def _cut(self, start: int, end: int) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from streamsort.wire import Envelope, to_json
 _log = logging.getLogger("streamsort.sinks.zmq")
 
 _MAX_COUNT = np.iinfo(np.int16).max
+_LINGER_MS = 500
 
 
 class BinCounter:
@@ -142,9 +143,9 @@ class ZmqSink:
             self._send("status", to_json(output.status), 1)
 
     def close(self) -> None:
-        """Close the socket; messages not yet taken by a slow subscriber are dropped."""
+        """Close the socket; what a slow subscriber has not taken within half a second is dropped."""
         if not self._socket.closed:
-            self._socket.close(linger=0)
+            self._socket.close(linger=_LINGER_MS)
             self._context.term()
 
     def _send(self, topic: str, payload: bytes, n: int, **extra: Any) -> None:
