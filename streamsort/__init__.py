@@ -1,7 +1,7 @@
 """streamsort: a live multi-electrode voltage stream in, unit ids out, a few milliseconds after each spike.
 
-The public names are imported when they are first used, so that a decoder's `from streamsort import subscribe` costs no more than numpy
-and ZeroMQ.
+The public names are imported when they are first used, so that a decoder's `from streamsort import subscribe` costs no more than
+numpy and ZeroMQ.
 """
 
 from importlib import import_module
