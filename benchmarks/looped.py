@@ -7,16 +7,14 @@ jumps, because the noise is white in time.
 
 import itertools
 from collections.abc import Iterator
-from threading import Event
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.records import Chunk, StreamInfo
+from streamsort.records import StreamInfo
 from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
-from streamsort.sources.pace import chunk_length, paced_chunks
+from streamsort.sources.pace import PacedSource
 
 PROBES = {4: "tetrode", 32: "grid32", 128: "neuropixels128", 384: "neuropixels384"}
 CHANNELS_PER_UNIT = 2
@@ -27,7 +25,7 @@ def simulation(n_channels: int, seconds: float, seed: int = 0) -> SimulationConf
     return SimulationConfig(seconds=seconds, probe_name=PROBES[n_channels], n_units=n_channels // CHANNELS_PER_UNIT, seed=seed)
 
 
-class Looped:
+class Looped(PacedSource):
     """A source that repeats a recording.
 
     Parameters
@@ -43,29 +41,13 @@ class Looped:
 
     def __init__(self, config: SimulationConfig, seconds: float, speed: float | None = None, chunk_ms: float = 1.0) -> None:
         recording = simulate_recording(config)
-        rate = config.sampling_frequency
-        self._n_chunk = chunk_length(rate, chunk_ms, None)
-        self._n_chunks = max(round(seconds * rate) // self._n_chunk, 1)
-        whole = len(recording.traces) // self._n_chunk * self._n_chunk
-        self._rounds = recording.traces[:whole].reshape(-1, self._n_chunk, recording.probe.n_channels)
-        self._speed = speed
-        self._closed = Event()
-        gain_uv = np.full(recording.probe.n_channels, GAIN_UV, np.float32)
         n_channels, dtype = recording.probe.n_channels, recording.traces.dtype
-        self.info = StreamInfo(config.probe_name, rate, n_channels, dtype, gain_uv, recording.probe, live=speed is not None)
-        self.counters: dict[str, int] = {}
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return paced_chunks(self._blocks(), self.info.sampling_frequency, self._speed, self._closed)
-
-    def close(self) -> None:
-        self._closed.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        gain_uv, rate = np.full(n_channels, GAIN_UV, np.float32), config.sampling_frequency
+        info = StreamInfo(config.probe_name, rate, n_channels, dtype, gain_uv, recording.probe, live=speed is not None)
+        super().__init__(info, speed, chunk_ms)
+        self._n_chunks = max(round(seconds * rate) // self._chunk_samples, 1)
+        whole = len(recording.traces) // self._chunk_samples * self._chunk_samples
+        self._rounds = recording.traces[:whole].reshape(-1, self._chunk_samples, n_channels)
 
     def _blocks(self) -> Iterator[NDArray[Any]]:
         return itertools.islice(itertools.cycle(self._rounds), self._n_chunks)

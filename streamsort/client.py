@@ -4,19 +4,14 @@ Connects to the address where streamsort publishes (wire format 1) and yields wh
 that were lost on the way, because this client was too slow, are counted per topic from their `seq`, and never repeated.
 """
 
-import logging
 from collections.abc import Iterator
-from threading import Event, Lock
 from types import TracebackType
 from typing import Any, Self
 
-import zmq
 from numpy.typing import NDArray
 
-from streamsort.sockets import Silence, connected_socket, poll_frames
-from streamsort.wire import LossCounter, MalformedMessage, Message, decode
-
-_log = logging.getLogger("streamsort.client")
+from streamsort.sockets import Subscriber
+from streamsort.wire import LossCounter, Message, decode
 
 _RECEIVE_HIGH_WATER = 100_000  # messages: a client may look away for a minute and a half
 
@@ -48,15 +43,12 @@ class Subscription:
 
     def __init__(self, url: str, *, timeout_s: float | None = None) -> None:
         self.header: dict[str, Any] = {}
-        self.n_malformed = 0
-        self._url = url
-        self._timeout_s = timeout_s
         self._losses = LossCounter()
-        self._closed = Event()
-        self._lock = Lock()
-        self._context = zmq.Context()
-        self._socket = connected_socket(self._context, url, "subscribe", _RECEIVE_HIGH_WATER)
-        self._socket.setsockopt(zmq.SUBSCRIBE, b"spikes")
+        self._subscriber = Subscriber(url, "subscribe", "spikes", high_water=_RECEIVE_HIGH_WATER, timeout_s=timeout_s)
+
+    @property
+    def n_malformed(self) -> int:
+        return self._subscriber.n_malformed
 
     @property
     def lost(self) -> dict[str, int]:
@@ -73,17 +65,12 @@ class Subscription:
         Subscribes at once, not at the first step, so nothing sent from here on is missed.
         """
         for topic in topics or ("",):
-            if topic != "spikes":
-                self._socket.setsockopt_string(zmq.SUBSCRIBE, topic)
+            self._subscriber.subscribe(topic)
         return self._receive(topics)
 
     def close(self) -> None:
         """Disconnect; an iteration in another thread ends within 0.2 s."""
-        self._closed.set()
-        with self._lock:
-            if not self._socket.closed:
-                self._socket.close(linger=0)
-                self._context.term()
+        self._subscriber.close()
 
     def __enter__(self) -> Self:
         return self
@@ -92,20 +79,7 @@ class Subscription:
         self.close()
 
     def _receive(self, topics: tuple[str, ...]) -> Iterator[Message]:
-        silence = Silence(self._url, self._timeout_s)
-        while not self._closed.is_set():
-            frames = poll_frames(self._socket, self._lock, self._closed)
-            if frames is None:
-                silence.note(heard=False)
-                continue
-            try:
-                message = decode(frames)
-            except MalformedMessage as error:
-                self.n_malformed += 1
-                silence.note(heard=False)
-                _log.debug("%s: message skipped: %s", self._url, error)
-                continue
-            silence.note(heard=True)
+        for message in self._subscriber.receive(decode):
             self._losses.note(message.topic, message.header["seq"])
             if not topics or message.topic in topics:
                 self.header = message.header

@@ -6,11 +6,16 @@ of half a second and hang at exit, so both are always set.
 
 import logging
 import time
+from collections.abc import Callable, Iterator
 from threading import Event, Lock
+from typing import TypeVar
 
 import zmq
 
 from streamsort.errors import StreamsortError
+from streamsort.wire import MalformedMessage
+
+T = TypeVar("T")
 
 _log = logging.getLogger("streamsort.sockets")
 
@@ -48,31 +53,86 @@ class Silence:
             _log.warning("%s: nothing arrived for %.0f s, still waiting", self._url, quiet_s)
 
 
-def connected_socket(context: "zmq.Context[zmq.Socket[bytes]]", url: str, role: str, high_water: int) -> "zmq.Socket[bytes]":
-    """Connect a SUB socket; `high_water` 0 never drops.
+class Subscriber:
+    """A SUB socket that decodes what arrives, counts what it cannot decode, and may be closed from another thread.
+
+    Parameters
+    ----------
+    url : str
+        Address to connect to; nobody need be there yet.
+    role : str
+        Named in errors.
+    topic : str
+        First topic to subscribe to.
+    high_water : int
+        Messages that may wait; 0 never drops.
+    timeout_s : float, optional
+        Silence after which `receive` raises; None waits for ever.
+
+    Attributes
+    ----------
+    n_malformed : int
+        Messages that were skipped.
 
     Raises
     ------
     StreamsortError
-        If the address is none; `context` is terminated then.
+        If the address is none.
     """
-    socket = context.socket(zmq.SUB)
-    socket.setsockopt(zmq.RCVHWM, high_water)
-    try:
-        socket.connect(url)
-    except zmq.ZMQError as error:
-        socket.close(linger=0)
-        context.term()
-        raise StreamsortError(f"{role} {url}: {str(error).lower()}, expected an address such as tcp://127.0.0.1:5560") from None
-    return socket
 
+    def __init__(self, url: str, role: str, topic: str, *, high_water: int, timeout_s: float | None) -> None:
+        self.url = url
+        self.n_malformed = 0
+        self._timeout_s = timeout_s
+        self._closed = Event()
+        self._lock = Lock()  # keeps `close` of another thread away from the socket while it is polled
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.SUB)
+        self._socket.setsockopt(zmq.RCVHWM, high_water)
+        try:
+            self._socket.connect(url)
+        except zmq.ZMQError as error:
+            self.close()
+            raise StreamsortError(f"{role} {url}: {str(error).lower()}, expected an address such as tcp://127.0.0.1:5560") from None
+        self.subscribe(topic)
 
-def poll_frames(socket: "zmq.Socket[bytes]", lock: Lock, closed: Event) -> list[bytes] | None:
-    """Wait up to 0.1 s for a message; the lock keeps `close` of another thread away from the socket meanwhile."""
-    with lock:
-        if closed.is_set() or not socket.poll(_POLL_MS):
+    def subscribe(self, topic: str) -> None:
+        self._socket.setsockopt_string(zmq.SUBSCRIBE, topic)
+
+    def receive(self, decode: Callable[[list[bytes]], T]) -> Iterator[T]:
+        """Yield what `decode` makes of each message, until closed.
+
+        Raises
+        ------
+        StreamsortError
+            After `timeout_s` without a message that can be decoded.
+        """
+        silence = Silence(self.url, self._timeout_s)
+        while not self._closed.is_set():
+            decoded = self._decoded(decode)
+            silence.note(heard=decoded is not None)
+            if decoded is not None:
+                yield decoded
+
+    def close(self) -> None:
+        """Disconnect; `receive` in another thread ends within 0.2 s."""
+        self._closed.set()
+        with self._lock:
+            if not self._socket.closed:
+                self._socket.close(linger=0)
+                self._context.term()
+
+    def _decoded(self, decode: Callable[[list[bytes]], T]) -> T | None:
+        with self._lock:
+            if self._closed.is_set() or not self._socket.poll(_POLL_MS):
+                return None
+            frames = self._socket.recv_multipart()
+        try:
+            return decode(frames)
+        except MalformedMessage as error:
+            _log.log(logging.DEBUG if self.n_malformed else logging.WARNING, "%s: message skipped: %s", self.url, error)
+            self.n_malformed += 1
             return None
-        return socket.recv_multipart()
 
 
 def bound_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, url: str, role: str) -> "zmq.Socket[bytes]":

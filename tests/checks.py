@@ -12,6 +12,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsort.records import Output
+
+
+class Kept:
+    """A sink that keeps every output."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Output] = []
+
+    def publish(self, output: Output) -> None:
+        self.outputs.append(output)
+
+    def close(self) -> None:
+        pass
+
+
 Arrays = tuple[NDArray[Any], ...]
 Feed = Callable[[Any, NDArray[Any], int], Arrays]
 

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import Kept
 from numpy.typing import NDArray
 
 from streamsort.config import SorterConfig
-from streamsort.records import Chunk, Output
+from streamsort.records import Chunk
 from streamsort.score import score
 from streamsort.simulate import SimulationConfig, truth, write_recording
 from streamsort.sorter import Sorter
@@ -64,17 +65,6 @@ class UpTo:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.outputs: list[Output] = []
-
-    def publish(self, output: Output) -> None:
-        self.outputs.append(output)
-
-    def close(self) -> None:
-        pass
 
 
 def sort_live(url: str, folder: Path, traces: NDArray[Any]) -> tuple[int, NDArray[Any], dict[str, Any]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import Kept
 from numpy.typing import NDArray
 
 from streamsort.config import SorterConfig
@@ -76,19 +77,6 @@ def test_chunk_size_makes_no_difference(recording: Recording, whole: list[Output
     _, outputs = sort(recording, sizes)
     assert spikes_of(outputs).tobytes() == spikes_of(whole).tobytes()
     assert ledger_of(outputs) == ledger_of(whole)
-
-
-class Kept:
-    """A sink that keeps everything."""
-
-    def __init__(self) -> None:
-        self.outputs: list[Output] = []
-
-    def publish(self, output: Output) -> None:
-        self.outputs.append(output)
-
-    def close(self) -> None:
-        pass
 
 
 class Played:

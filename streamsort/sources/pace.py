@@ -1,4 +1,4 @@
-"""Chunks of a file or a simulation on an absolute schedule.
+"""Sources whose samples are there already, a file's or a simulation's, on an absolute schedule.
 
 In comes an iterable of sample blocks, out come `Chunk`s: at once, or each when its last sample is due at `speed` times real time.
 Due times are computed from the first one, so neither a late wake-up nor a slow consumer makes the schedule drift.
@@ -8,12 +8,55 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from threading import Event
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from numpy.typing import NDArray
 
 from streamsort.errors import StreamsortError
-from streamsort.records import Chunk
+from streamsort.records import Chunk, StreamInfo
+
+
+class PacedSource:
+    """What such sources share; a child makes its samples in `_blocks`, in blocks of `_chunk_samples`.
+
+    Parameters
+    ----------
+    info : StreamInfo
+    speed : float or None
+        Multiple of real time; None delivers as fast as chunks are taken, with `t_origin` 0.
+    chunk_ms : float
+    chunk_samples : int, optional
+        The same in samples; wins over `chunk_ms`.
+
+    Raises
+    ------
+    StreamsortError
+        If speed or length are not positive numbers.
+    """
+
+    def __init__(self, info: StreamInfo, speed: float | None, chunk_ms: float, chunk_samples: int | None = None) -> None:
+        self.info = info
+        self.counters: dict[str, int] = {}
+        self._speed = check_speed(speed)
+        self._chunk_samples = chunk_length(info.sampling_frequency, chunk_ms, chunk_samples)
+        self._closed = Event()
+
+    def __iter__(self) -> Iterator[Chunk]:
+        return paced_chunks(self._blocks(), self.info.sampling_frequency, self._speed, self._closed)
+
+    def close(self) -> None:
+        """End every iteration, also one that waits for its next chunk."""
+        self._closed.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _blocks(self) -> Iterator[NDArray[Any]]:
+        raise NotImplementedError
 
 
 def check_speed(speed: float | None) -> float | None:

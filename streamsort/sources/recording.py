@@ -13,18 +13,16 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
-from streamsort.records import Chunk, StreamInfo
+from streamsort.records import StreamInfo
 from streamsort.sources import check_probe
-from streamsort.sources.pace import check_speed, chunk_length, paced_chunks
+from streamsort.sources.pace import PacedSource
 
 _log = logging.getLogger("streamsort.sources.recording")
 
@@ -59,7 +57,7 @@ class _Layout:
     time_axis: int
 
 
-class Recording:
+class Recording(PacedSource):
     """Replay a recording from disk.
 
     Parameters
@@ -101,7 +99,7 @@ class Recording:
         if probe is None and probe_path is not None:
             probe = Probe.from_probeinterface(probe_path)
         keeps_int16 = layout.dtype == np.int16 and self._scale is None
-        self.info = StreamInfo(
+        info = StreamInfo(
             name=Path(path).stem or str(path),
             sampling_frequency=layout.sampling_frequency,
             n_channels=layout.n_channels,
@@ -110,24 +108,8 @@ class Recording:
             probe=check_probe(probe, layout.n_channels, str(path)),
             live=speed is not None,
         )
+        super().__init__(info, speed, chunk_ms, chunk_samples)
         self.n_samples = len(self._traces)
-        self.counters: dict[str, int] = {}
-        self._speed = check_speed(speed)
-        self._chunk_samples = chunk_length(layout.sampling_frequency, chunk_ms, chunk_samples)
-        self._closed = Event()
-
-    def __iter__(self) -> Iterator[Chunk]:
-        return paced_chunks(self._blocks(), self.info.sampling_frequency, self._speed, self._closed)
-
-    def close(self) -> None:
-        """End every iteration, also one that waits for its next chunk."""
-        self._closed.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _blocks(self) -> Iterator[NDArray[Any]]:
         for start in range(0, self.n_samples, self._chunk_samples):

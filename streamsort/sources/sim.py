@@ -9,24 +9,22 @@ import difflib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from threading import Event
-from types import TracebackType
-from typing import Any, Self, get_type_hints
+from typing import Any, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
-from streamsort.records import Chunk, StreamInfo
+from streamsort.records import StreamInfo
 from streamsort.simulate import GAIN_UV, SimulationConfig, simulated_blocks
 from streamsort.sources import check_probe
-from streamsort.sources.pace import check_speed, chunk_length, paced_chunks
+from streamsort.sources.pace import PacedSource
 
 _SHORT = {"units": "n_units", "probe": "probe_name"}
 
 
-class Simulation:
+class Simulation(PacedSource):
     """Stream a simulated recording.
 
     Parameters
@@ -62,7 +60,7 @@ class Simulation:
     ) -> None:
         self.config = parse_options(options)
         n_channels = self.config.probe.n_channels
-        self.info = StreamInfo(
+        info = StreamInfo(
             name="simulation",
             sampling_frequency=self.config.sampling_frequency,
             n_channels=n_channels,
@@ -71,25 +69,11 @@ class Simulation:
             probe=check_probe(probe, n_channels, "the simulation") or self.config.probe,
             live=speed is not None,
         )
+        super().__init__(info, speed, chunk_ms, chunk_samples)
         self.n_samples = self.config.n_samples
-        self.counters: dict[str, int] = {}
-        self._speed = check_speed(speed)
-        self._chunk_samples = chunk_length(self.config.sampling_frequency, chunk_ms, chunk_samples)
-        self._closed = Event()
 
-    def __iter__(self) -> Iterator[Chunk]:
-        blocks = rechunked(self._made_ahead(), self._chunk_samples)
-        return paced_chunks(blocks, self.info.sampling_frequency, self._speed, self._closed)
-
-    def close(self) -> None:
-        """End every iteration, also one that waits for its next chunk."""
-        self._closed.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+    def _blocks(self) -> Iterator[NDArray[Any]]:
+        return rechunked(self._made_ahead(), self._chunk_samples)
 
     def _made_ahead(self) -> Iterator[NDArray[np.int16]]:
         blocks = simulated_blocks(self.config)

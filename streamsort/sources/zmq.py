@@ -10,16 +10,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from threading import Event, Lock
 from types import TracebackType
 from typing import Self
-
-import zmq
 
 from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
 from streamsort.records import Chunk, Gap, StreamInfo
-from streamsort.sockets import Silence, connected_socket, poll_frames
+from streamsort.sockets import Subscriber
 from streamsort.sources import check_probe
 from streamsort.sources.clock import ClockFit
 from streamsort.wire import LossCounter, MalformedMessage, Traces, decode_traces
@@ -132,13 +129,8 @@ class ZmqSource:
     def __init__(self, url: str, *, probe: Probe | None = None, timeout_s: float | None = None) -> None:
         self.counters = dict.fromkeys(("malformed", "lost_messages", "stray_messages", "dropped_samples", "missing_samples"), 0)
         self._url = url
-        self._timeout_s = timeout_s
         self._losses = LossCounter()
-        self._closed = Event()
-        self._lock = Lock()
-        self._context = zmq.Context()
-        self._socket = connected_socket(self._context, url, "source", high_water=0)
-        self._socket.setsockopt(zmq.SUBSCRIBE, b"traces")
+        self._subscriber = Subscriber(url, "source", "traces", high_water=0, timeout_s=timeout_s)
         try:
             self._first: Traces | None = next(self._received())
             traces = self._first
@@ -178,11 +170,7 @@ class ZmqSource:
 
     def close(self) -> None:
         """Disconnect; an iteration in another thread ends within 0.2 s."""
-        self._closed.set()
-        with self._lock:
-            if not self._socket.closed:
-                self._socket.close(linger=0)
-                self._context.term()
+        self._subscriber.close()
 
     def __enter__(self) -> Self:
         return self
@@ -197,26 +185,16 @@ class ZmqSource:
         yield from self._received()
 
     def _received(self) -> Iterator[Traces]:
-        silence = Silence(self._url, self._timeout_s)
-        while not self._closed.is_set():
-            frames = poll_frames(self._socket, self._lock, self._closed)
-            if frames is None:
-                silence.note(heard=False)
-                continue
-            try:
-                traces = decode_traces(frames)
-            except MalformedMessage as error:
-                self._malformed(error)
-                silence.note(heard=False)
-                continue
-            silence.note(heard=True)
+        for traces in self._subscriber.receive(self._decode):
             self.counters["lost_messages"] += self._losses.note("traces", traces.seq)
             yield traces
 
-    def _malformed(self, error: MalformedMessage) -> None:
-        level = logging.WARNING if self.counters["malformed"] == 0 else logging.DEBUG
-        self.counters["malformed"] += 1
-        _log.log(level, "%s: message skipped: %s", self._url, error)
+    def _decode(self, frames: list[bytes]) -> Traces:
+        try:
+            return decode_traces(frames)
+        except MalformedMessage:
+            self.counters["malformed"] += 1
+            raise
 
     def _count(self, gaps: list[Gap]) -> None:
         for gap in gaps:
