@@ -18,16 +18,18 @@ and no global state: the same peaks and seed give the same units.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.config import ClusterConfig
+from streamsort.kernels.cluster import compare_templates
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
+_WINDOW_S, _SLICE_SPIKES = 5.0, 15  # templates are compared between stretches of time of at least so long and so many spikes
 _MOST_ECHOES = 0.3  # of a unit's spikes, beyond chance; a synapse drives fewer
 
 
@@ -104,7 +106,8 @@ def calibrate(
     size = np.array([len(m) for m in members], np.int64)
     template = np.array([snippets[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, *snippets.shape[1:])
     height = np.array([amplitudes[m].mean() for m in members])
-    unit = _merge_by_template(template, home, size, neighbors)
+    window = (peaks["sample_index"] / (_WINDOW_S * sampling_frequency)).astype(np.int64)
+    unit = _merge_by_template([_slices(snippets[m], window[m]) for m in members], home, neighbors)
     total = np.bincount(unit, weights=size, minlength=1)[unit]
     # The heights of noise above a threshold t exceed it by 1/t on average; a unit's exceed it by more.
     reject = height < detect_threshold + config.noise_excess / detect_threshold
@@ -276,28 +279,63 @@ def template_mismatch(
     growing with the template's own energy E (amplitudes vary, and a cluster is what noise moved one way), and 100 to 5000 between
     units. 80 + 0.02 E, at most 0.2 E, parts them.
     """
-    if neighbors_b[0] not in neighbors_a or neighbors_a[0] not in neighbors_b:
+    columns = _shared_columns(neighbors_a, neighbors_b)
+    if columns is None:
         return float("inf")
-    pairs = [(i, int(np.flatnonzero(neighbors_b == c)[0])) for i, c in enumerate(neighbors_a) if c >= 0 and c in neighbors_b]
-    columns_a, columns_b = np.array(pairs, np.int64).T
-    x, y, n = a[:, columns_a], b[:, columns_b], len(a)
-    smallest = float("inf")
-    for lag in range(-max_lag, max_lag + 1):
-        u, v = x[max(lag, 0) : n + min(lag, 0)], y[max(-lag, 0) : n + min(-lag, 0)]
-        energy = max(0.5 * float((u * u).sum() + (v * v).sum() - noise * u.size), 1.0)
-        difference = max(float(((u - v) ** 2).sum()) - noise * u.size, 0.0)
-        smallest = min(smallest, difference / min(0.2 * energy, 80.0 + 0.02 * energy))
-    return smallest
+    n_lags = 2 * max_lag + 1
+    differences, energies = np.empty(n_lags, np.float32), np.empty(n_lags, np.float32)
+    n_shared = compare_templates(a, b, columns, max_lag, differences, energies)
+    bias = noise * n_shared * (len(a) - np.abs(np.arange(-max_lag, max_lag + 1)))
+    energies, differences = np.maximum(energies - bias, 1.0), np.maximum(differences - bias, 0.0)
+    return float((differences / np.minimum(0.2 * energies, 80.0 + 0.02 * energies)).min())
 
 
-def _merge_by_template(template: Floats, home: Ints, size: Ints, neighbors: NDArray[np.int32]) -> Ints:
+def _shared_columns(neighbors_a: NDArray[np.int32], neighbors_b: NDArray[np.int32]) -> NDArray[np.int32] | None:
+    """Tell for each channel of a which column of b it is, -1 for none; None when a peak channel is not shared."""
+    same = (neighbors_a[:, None] == neighbors_b[None]) & (neighbors_a[:, None] >= 0)
+    columns: NDArray[np.int32] = np.where(same.any(axis=1), same.argmax(axis=1), -1).astype(np.int32)
+    return columns if columns[0] >= 0 and same[:, 0].any() else None
+
+
+class _Slice(NamedTuple):
+    """Part of a cluster: its mean snippet between two windows of time, and of how many spikes."""
+
+    first: int
+    last: int
+    template: Floats
+    n_spikes: int
+
+
+def _slices(snippets: Floats, window: Ints) -> list[_Slice]:
+    """Cut a cluster in time, into stretches of at least _SLICE_SPIKES spikes."""
+    slices: list[_Slice] = []
+    start = 0
+    for stop in [*(np.flatnonzero(np.diff(window)) + 1).tolist(), len(window)]:
+        if stop - start >= _SLICE_SPIKES or (stop == len(window) and not slices):
+            template = snippets[start:stop].mean(axis=0)
+            slices.append(_Slice(int(window[start]), int(window[stop - 1]), template, stop - start))
+            start = stop
+    return slices
+
+
+def _cluster_mismatch(a: list[_Slice], b: list[_Slice], neighbors_a: NDArray[np.int32], neighbors_b: NDArray[np.int32]) -> float:
+    """Return the smallest mismatch between slices that are neighbours in time, so that a unit may have moved in between."""
+    found = [
+        template_mismatch(x.template, y.template, neighbors_a, neighbors_b, 1 / x.n_spikes + 1 / y.n_spikes)
+        for x in a
+        for y in b
+        if x.first <= y.last + 1 and y.first <= x.last + 1
+    ]
+    return min(found, default=float("inf"))
+
+
+def _merge_by_template(slices: list[list[_Slice]], home: Ints, neighbors: NDArray[np.int32]) -> Ints:
     """Join clusters whose templates agree, best agreement first, as long as the joined units agree on the whole."""
-    n = len(template)
+    n = len(slices)
     mismatch = np.full((n, n), np.inf)
     for i in range(n):
         for j in np.flatnonzero(np.isin(home[:i], neighbors[home[i]])):
-            noise = 1 / size[i] + 1 / size[j]
-            mismatch[i, j] = template_mismatch(template[i], template[j], neighbors[home[i]], neighbors[home[j]], noise)
+            mismatch[i, j] = _cluster_mismatch(slices[i], slices[j], neighbors[home[i]], neighbors[home[j]])
     unit = np.arange(n)
     order = np.argwhere(mismatch < 1)
     for i, j in order[np.argsort(mismatch[order[:, 0], order[:, 1]], kind="stable")]:

@@ -105,3 +105,26 @@ def follow(
         for t in range(snippets.shape[1]):
             for k in range(snippets.shape[2]):
                 template[p, t, k] += rate * (snippets[i, t, k] - template[p, t, k])
+
+
+@kernel
+def compare_templates(a: Floats, b: Floats, columns: NDArray[np.int32], max_lag: int, differences: Floats, energies: Floats) -> int:
+    """Compare two templates at each lag from -max_lag to max_lag on the channels they share.
+
+    `columns` says for each column of `a` which column of `b` is the same channel, -1 for none. `differences` gets the energy of the
+    difference, `energies` the mean of both energies over the rows that overlap. Returns the number of shared columns.
+    """
+    n_rows, n_shared = len(a), 0
+    for k in range(len(columns)):
+        n_shared += columns[k] >= 0
+    for i in range(2 * max_lag + 1):
+        lag = i - max_lag
+        difference, energy = np.float32(0), np.float32(0)
+        for t in range(max(lag, 0), n_rows + min(lag, 0)):
+            for k in range(len(columns)):
+                if columns[k] >= 0:
+                    u, v = a[t, k], b[t - lag, columns[k]]
+                    difference += (u - v) * (u - v)
+                    energy += u * u + v * v
+        differences[i], energies[i] = difference, np.float32(0.5) * energy
+    return n_shared
