@@ -114,10 +114,14 @@ def calibrate(
     for k in np.flatnonzero(~reject):
         wide = np.unique(neighbors[neighbors[home[k]]])
         reject[k] = _is_echo(members[k], height[k], peaks, amplitudes, wide, sampling_frequency)
-    unit = np.where(reject | (total < config.min_spikes), -1, unit)
+    unit = np.where(reject, -1, unit)
     mean = np.array([white[m].mean(axis=0) for m in members], np.float32).reshape(n_clusters, white.shape[1])
     spread = np.array([np.mean((white[m] - mean[k]) ** 2) for k, m in enumerate(members)], np.float32)
-    return Calibration(whitening, home, _renumber(unit, size), size, mean, spread, template)
+    # What is too small for a unit is forgotten: as a reject prototype it would swallow the unit it may belong to.
+    kept = reject | (total >= config.min_spikes)
+    return Calibration(
+        whitening, home[kept], _renumber(unit[kept], size[kept]), size[kept], mean[kept], spread[kept], template[kept]
+    )
 
 
 def _by_channel(channel: Ints) -> list[Ints]:

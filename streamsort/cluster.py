@@ -7,6 +7,7 @@ fitted none are kept per channel until they form a compact group; such a group e
 moved here) or opens a new unit. What hugs the threshold becomes a reject prototype, which attracts noise and names nothing.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -21,6 +22,9 @@ from streamsort.records import UNSORTED
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
+
+_RECENT_SPIKES = 64  # remembered per unit, to know its usual rate
+_MOVED = 4.0  # so many times the usual difference of templates is forgiven to a unit that fell silent
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,7 @@ class Prototypes:
         self.spread: Floats = calibration.spread.copy()
         self.template: Floats = calibration.template.copy()
         self._pending: dict[int, list[tuple[int, Floats, Floats]]] = {}
+        self._fired: dict[int, deque[int]] = {}
         self._refresh()
 
     def __len__(self) -> int:
@@ -149,6 +154,9 @@ class Prototypes:
         clear = (assignment.distance < self._config.clear * n_dims) & (assignment.confidence > 0.9)
         teacher = np.where(clear, assignment.prototype, UNSORTED)
         follow(assignment.white, snippets, teacher, self._config.slowest, self.n_spikes, self.mean, self.spread, self.template)
+        for unit_id, sample_index in zip(assignment.unit.tolist(), peaks["sample_index"].tolist(), strict=True):
+            if unit_id != UNSORTED:
+                self._fired.setdefault(unit_id, deque(maxlen=_RECENT_SPIKES)).append(sample_index)
         for i in np.flatnonzero(assignment.distance > self._config.strange * n_dims):
             waiting = self._pending.setdefault(int(peaks["channel"][i]), [])
             waiting.append((int(peaks["sample_index"][i]), assignment.white[i], snippets[i]))
@@ -197,7 +205,8 @@ class Prototypes:
         column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         self._table[self.channel[order], column] = order
         self._scores = np.empty(width, np.float32)
-        self._scale = np.clip(self.spread, 0.5, 3.0).astype(np.float32)
+        # Echoes are spread wide; as wide a prototype of them would swallow a unit that moves there.
+        self._scale = np.clip(self.spread, 0.5, np.where(self.unit < 0, 1.0, 3.0)).astype(np.float32)
 
     def _groups(self, channel: int, waiting: list[tuple[int, Floats, Floats]]) -> list[Newcomer]:
         white = np.array([item[1] for item in waiting])
@@ -210,16 +219,30 @@ class Prototypes:
             spread = float(np.mean((x - mean) ** 2))
             if len(x) >= self._config.birth_spikes and spread < self._config.compact:
                 template = snippets[label == k].mean(axis=0)
-                found.append(Newcomer(channel, self._whose(channel, template, len(x)), len(x), mean, spread, template))
+                times = [item[0] for item, mine in zip(waiting, label == k, strict=True) if mine]
+                owner = self._whose(channel, template, len(x), times[0], times[-1])
+                found.append(Newcomer(channel, owner, len(x), mean, spread, template))
         return found
 
-    def _whose(self, channel: int, template: Floats, n_spikes: int) -> int:
-        """Name the unit whose template this is, or -1."""
+    def _whose(self, channel: int, template: Floats, n_spikes: int, first_sample: int, last_sample: int) -> int:
+        """Name the unit whose template this is, or -1; more difference is forgiven to one that fell silent meanwhile: it moved."""
         best, owner = 1.0, UNSORTED
         for row in np.flatnonzero((self.unit >= 0) & np.isin(self.channel, self.neighbors[channel])):
+            unit_id = int(self.unit[row])
             noise = 1 / n_spikes + 1 / min(int(self.n_spikes[row]), int(1 / self._config.slowest))
             neighbors = self.neighbors[self.channel[row]]
             mismatch = template_mismatch(template, self.template[row], self.neighbors[channel], neighbors, noise)
+            if self._fell_silent(unit_id, first_sample, last_sample):
+                mismatch /= _MOVED
             if mismatch < best:
-                best, owner = mismatch, int(self.unit[row])
+                best, owner = mismatch, unit_id
         return owner
+
+    def _fell_silent(self, unit_id: int, first_sample: int, last_sample: int) -> bool:
+        """Tell whether a unit fired less than a third of its usual while the strangers did."""
+        fired = np.array(self._fired.get(unit_id, ()), np.int64)
+        before = fired[fired < first_sample]
+        if len(before) < _RECENT_SPIKES // 4:
+            return False
+        expected = len(before) / max(before[-1] - before[0], 1) * (last_sample - first_sample)
+        return bool(expected >= _RECENT_SPIKES // 8 and (fired >= first_sample).sum() < expected / 3)

@@ -110,7 +110,7 @@ class ClusterConfig:
     strange: float = 4.0  # further off it is remembered: many of them together are a unit that moved or a new one
     clear: float = 2.5  # only spikes nearer than this, with a posterior over 0.9, teach their prototype
     slowest: float = 0.04  # a prototype follows its last 25 spikes
-    birth_spikes: int = 25  # so many spikes that fit no prototype and lie together make a new one
+    birth_spikes: int = 15  # so many spikes that fit no prototype and lie together make a new one
     birth_s: float = 60.0  # within this time
     compact: float = 2.0  # lie together: mean squared distance over n_dims; members of a unit have 1, overlaps more
     noise_excess: float = 1.75  # noise: mean height under detect_threshold + this / detect_threshold (a Gaussian tail has 1)

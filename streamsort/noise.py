@@ -1,7 +1,8 @@
 """How noisy each channel is, which are bad, and how to whiten: all that is estimated from filtered samples.
 
-In come filtered traces in uV, out go a noise level per channel, a mask of good channels and whitening weights. State is only in
-`NoiseLevel`: the samples collected since the last update. The median absolute value is used because spikes hardly move it.
+In come filtered traces in uV, out go a noise level per channel, a mask of good channels and whitening weights. State: the level and
+the samples collected since its last update; whitening weights are fixed once made. The median absolute value is used because spikes
+hardly move it.
 """
 
 import numpy as np

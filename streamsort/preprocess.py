@@ -2,8 +2,9 @@
 
 In come int16 or float32 samples as a source delivers them, out go float32 traces in uV. State: two values per filter section and
 channel, each channel's first and last good value, the noise level, which channels are bad, and the whitening weights. All of it but
-the filter's changes only at multiples of `period_samples` of the absolute sample_index, and the filter runs sample by sample, so
-any chunking gives the same bits. Whoever calls it cuts chunks at those multiples.
+the filter's changes only at multiples of `period_samples` of the absolute sample_index (at the end of a gap, if the gap took the
+multiple with it), and the filter runs sample by sample, so any chunking gives the same bits. Whoever calls it cuts chunks at those
+multiples.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """Where the contacts are, and which of them are neighbours.
 
-Geometry comes from probeinterface; two padded tables are all the stages need of it. `neighbors` lists, nearest first, the channels
-of a snippet; `adjacency` the channels among which only one peak may win. Both are (n_channels, k) int32 padded with -1, so kernels
-index them without a dictionary. Contacts on different shanks are never neighbours.
+Geometry comes from probeinterface; what the stages need of it are tables of `neighbors`: the channels of a snippet, nearest first,
+and those among which only one peak may win. They are (n_channels, k) int32 padded with -1, so kernels index them without a
+dictionary. Contacts on different shanks are never neighbours.
 """
 
 from dataclasses import dataclass

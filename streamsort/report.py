@@ -37,8 +37,6 @@ _STYLE: dict[Any, Any] = {
 }
 _GREY_TICKS = 6000  # of unsorted crossings; more are a grey bar
 _SHOWN_PART = 0.5  # of a unit's largest peak-to-peak: channels with less are not drawn
-
-
 _TEMPLATE_PITCHES = 3.0  # height of the largest template, in distances of contacts
 _LABELLED_ROWS = 28
 _MAP_POINTS, _LEAST_POINTS, _LABELLED_POINTS = 800, 60, 5

@@ -239,6 +239,11 @@ def load_truth(path: str | Path) -> Truth:
         A SpikeInterface numpy folder (spikes.npy), a folder with one in `truth/`, or an .npz with `samples` and `labels` or with
         `spike_indexes_seg0` and `spike_labels_seg0` (SpikeInterface's NpzSorting).
 
+    Returns
+    -------
+    truth : Truth
+        In order of `sample_index`.
+
     Raises
     ------
     StreamsortError

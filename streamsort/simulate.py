@@ -306,6 +306,9 @@ def write_recording(config: SimulationConfig, out_dir: str | Path, progress: Cal
 
     Parameters
     ----------
+    config : SimulationConfig
+    out_dir : path
+        New, or an empty folder.
     progress : callable, optional
         Called after each second written with the fraction that is done.
 

@@ -265,7 +265,7 @@ class Stream:
         self._hand_over(last, now)
 
     def _count(self, output: Output, now: float) -> None:
-        """Count an output, and flag its late spikes."""
+        """Count an output, and flag the spikes that are late before they are even handed over."""
         counts, spikes = self._counts, output.spikes
         if self._live:
             late = now - spikes["time"] > self._config.deadline_ms / 1e3

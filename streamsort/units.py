@@ -145,9 +145,9 @@ class Registry:
                 self.record("dormant", sample_index, unit.unit_id, f"silent for {silence / self._sampling_frequency:.0f} s")
 
     def flags(self, unit_id: NDArray[Any]) -> NDArray[np.uint16]:
-        """Return the flags a unit lends its spikes."""
-        young = {unit.unit_id for unit in self.units.values() if unit.n_spikes < PROBATION_SPIKES}
-        return np.array([Flag.PROBATION if unit in young else 0 for unit in unit_id.tolist()], np.uint16)
+        """Return the flags that units lend their spikes, (n_spikes,) uint16; none for unit -1."""
+        units = [self.units.get(name) for name in unit_id.tolist()]
+        return np.array([Flag.PROBATION if unit and unit.n_spikes < PROBATION_SPIKES else 0 for unit in units], np.uint16)
 
     def table(self, sample_index: int) -> list[dict[str, Any]]:
         """List all units as the `units` topic publishes them."""
@@ -167,5 +167,5 @@ class Registry:
                 ),
                 "quality": round(unit.confidence, 3),
             }
-            for unit in self.units.values()
+            for unit in list(self.units.values())  # at once: a command asks while another thread may open a unit
         ]

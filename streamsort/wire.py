@@ -22,7 +22,6 @@ from streamsort.records import SPIKE_DTYPE
 
 SCHEMA = "streamsort/1"
 CLOCK = "monotonic"
-TOPICS = ("spikes", "bins", "units", "ledger", "gaps", "status")
 
 _MAX_HEADER_BYTES = 65536
 _MAX_CHANNELS = 65535

@@ -31,8 +31,10 @@ def make() -> Detect:
 
 
 def feed(stage: Detect, traces: NDArray[Any], start: int) -> checks.Arrays:
+    before = stage.through_sample
     peaks = stage(traces, start, LEVEL, (np.abs(traces[:, 0]) > 39).astype(np.uint8))
-    assert stage.through_sample <= max(start + len(traces) - stage.margin, stage.through_sample)
+    assert stage.through_sample >= start + len(traces) - stage.margin
+    assert ((peaks["sample_index"] >= before) & (peaks["sample_index"] < stage.through_sample)).all()
     return peaks, SNIPPETS(stage.window, peaks)
 
 

@@ -75,7 +75,7 @@ def sort_live(url: str, folder: Path, traces: NDArray[Any]) -> tuple[int, NDArra
             source, kept = UpTo(live, traces), Kept()
             sorter = Sorter(CONFIG, live.info)
             with Stream(source, sorter, [kept]) as stream:
-                stream.wait(60.0)
+                assert stream.wait(60.0)
                 status = stream.status()
         assert player.wait(20) == 0
     finally:

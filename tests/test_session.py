@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -206,7 +205,7 @@ def test_killed_while_writing_loses_nothing_that_was_flushed(tmp_path: Path, n_b
             assert time.monotonic() < deadline and child.poll() is None
             time.sleep(0.001)
     finally:
-        child.send_signal(signal.SIGKILL)
+        child.kill()  # SIGKILL, by the name it also has on Windows
         child.wait()
     session = Session(path)
     n_loaded = len(np.load(path / "spikes.npy"))

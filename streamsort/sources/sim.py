@@ -1,8 +1,8 @@
 """A simulated recording as a source: `sim:seconds=60,units=12,probe=grid32,drift_um=10,seed=1`.
 
 The keys are the fields of `SimulationConfig` (`units` and `probe` are short for `n_units` and `probe_name`); a range is written
-`snr=4:15`. Samples come as int16 with the headstages' usual gain, in chunks of the wished length, at once or paced. The one thread
-makes the next block while this one is delivered: a second of 32 channels takes a good part of a chunk's time many times over.
+`snr=4:15`. Samples come as int16 with the headstages' usual gain, in chunks of the wished length, at once or paced. A thread makes
+the next second while this one is delivered: that takes many times as long as a chunk lasts.
 """
 
 import difflib
