@@ -7,9 +7,10 @@ ZeroMQ publisher; `streamsort run`, the very command, which sorts and publishes 
 `time.monotonic()` when a message is in its hands; and a loop that only sleeps until the next ms and notes how late it wakes up,
 which is what the machine itself adds. Latency is receipt minus the `time` of each spike (its trough), of all spikes from `SETTLE_S`
 after calibration on. Printed as the floor is what the first spike of a chunk waits in any implementation: look-ahead, and the chunk
-that has to fill; later ones wait less, so with long chunks the median lies below it. Memory is the resident memory of the sorting process, twice a second; CPU is a share of one core. Percentiles of the stages are medians, over
-the seconds, of those in the `status` messages. Where `peaks/s` exceeds what the encoder can do, spikes queue and latency grows
-without bound: that is then the result.
+that has to fill; later ones wait less, so with long chunks the median lies below it. Memory is the resident memory of the sorting
+process, twice a second; CPU is a share of one core. Percentiles of the stages are medians, over the seconds, of those in the
+`status` messages. Where `peaks/s` exceeds what the encoder can do, spikes queue and latency grows without bound: that is then the
+result.
 """
 
 import argparse

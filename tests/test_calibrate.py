@@ -94,8 +94,25 @@ def test_an_echo_is_rejected(rng: np.random.Generator) -> None:
 
 def test_too_few_spikes_make_no_unit(rng: np.random.Generator) -> None:
     found, _ = run(spikes(rng, 15, 1, [0, 0, 0, 0], 10), spikes(rng, 60, 0, [0, 0, 0, 0], 10))
-    assert set(found.unit[found.channel == 1].tolist()) == {-1}
-    assert set(found.unit[found.channel == 0].tolist()) == {0}
+    assert set(found.channel.tolist()) == {0}
+    assert set(found.unit.tolist()) == {0}
+
+
+def test_a_unit_that_moves_meanwhile_is_one(rng: np.random.Generator) -> None:
+    """It peaks on channel 1 at first and on channel 0 at last; only in the middle are the two alike."""
+    peaks, embeddings, snippets = spikes(rng, 240, 1, [0, 0, 0, 0], 1)
+    shape = -np.exp(-0.5 * ((np.arange(N_ROWS) - 8) / 2.0) ** 2)
+    for i, place in enumerate(np.linspace(1, 0, 240)):
+        here = int(place < 0.5)  # column 0 is the louder of the two
+        peaks["channel"][i] = 1 - here
+        loud, soft = (14 * place, 14 * (1 - place))[:: 1 - 2 * here]
+        snippets[i, :, 0] += (loud + 6) * shape
+        snippets[i, :, 1] += (soft + 6) * shape
+        embeddings[i] += np.float32(20 * here)
+    snippets[peaks["channel"] == 0, :, 2] = 0
+    found, _ = run((peaks, embeddings, snippets))
+    assert sorted(set(found.channel.tolist())) == [0, 1]
+    assert set(found.unit.tolist()) == {0}
 
 
 def test_nothing_at_all(rng: np.random.Generator) -> None:

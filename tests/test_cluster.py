@@ -74,8 +74,9 @@ def test_kernel_agrees_with_its_definition(rng: np.random.Generator) -> None:
     channel = rng.integers(0, 3, 200)
     found = prototypes.predict(x, channel)
     weight = np.log([200.0, 100.0, 50.0, 30.0])
+    spread = np.array([0.6, 1.0, 1.0, 1.5])  # the reject prototype is no wider than a unit
     prototype, distance, confidence = naive.assign_nearest(
-        x, channel, prototypes.channel, prototypes.mean, prototypes.spread, weight, prototypes.unit
+        x, channel, prototypes.channel, prototypes.mean, spread, weight, prototypes.unit
     )
     assert found.prototype.tolist() == prototype
     np.testing.assert_allclose(found.distance, distance, rtol=1e-4)
@@ -149,11 +150,29 @@ def test_scattered_strangers_are_not_a_unit(rng: np.random.Generator) -> None:
 
 def test_old_strangers_are_forgotten(rng: np.random.Generator) -> None:
     prototypes = store()
-    teach(prototypes, 2, rng.normal(size=(20, N_DIMS)), template(9, 0), start=0)
-    teach(prototypes, 2, rng.normal(size=(20, N_DIMS)), template(9, 0), start=1_000_000)
-    assert prototypes.discover(oldest_sample=1_000_000) == []
-    teach(prototypes, 2, rng.normal(size=(20, N_DIMS)), template(9, 0), start=1_100_000)
-    assert [new.n_spikes for new in prototypes.discover(oldest_sample=1_000_000)] == [40]
+    for start, expected in ((0, []), (1_000_000, []), (1_100_000, [20])):
+        teach(prototypes, 2, rng.normal(size=(10, N_DIMS)), template(9, 0), start=start)
+        assert [new.n_spikes for new in prototypes.discover(oldest_sample=start - 500_000)] == expected
+
+
+def test_a_unit_that_fell_silent_is_known_again_after_a_larger_step(rng: np.random.Generator) -> None:
+    """On channel 1 its template has changed too much for a unit that still fires on channel 0, not for one that moved."""
+    for silent, expected in ((True, 5), (False, -1)):
+        prototypes = store()
+        teach(prototypes, 0, rng.normal(size=(60, N_DIMS)), template(8, 2), start=0)
+        if not silent:
+            teach(prototypes, 0, rng.normal(size=(30, N_DIMS)), template(8, 2), start=6000)
+        teach(prototypes, 1, rng.normal(size=(30, N_DIMS)) + 60, template(5, 12), start=6000)
+        assert [new.unit for new in prototypes.discover(0)] == [expected]
+
+
+def test_a_wide_echo_swallows_no_stranger(rng: np.random.Generator) -> None:
+    prototypes = store()
+    prototypes.spread[2] = 3.0
+    x = rng.normal(size=(30, N_DIMS))
+    x[:, 1] += 18
+    teach(prototypes, 0, x, template(12, 0))
+    assert [new.n_spikes for new in prototypes.discover(0)] == [30]
 
 
 def test_noise_is_known_by_its_height(rng: np.random.Generator) -> None:
