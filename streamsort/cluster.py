@@ -8,7 +8,7 @@ moved here) or opens a new unit. What hugs the threshold becomes a reject protot
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -24,6 +24,8 @@ Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _RECENT_SPIKES = 64  # remembered per unit, to know its usual rate
+_MOST_ON_CHANNEL = 6  # prototypes of one unit; and of all that is rejected
+_COLUMNS = ("channel", "unit", "n_spikes", "last_sample", "log_weight", "mean", "spread", "template")
 _MOVED = 4.0  # so many times the usual difference of templates is forgiven to a unit that fell silent
 
 
@@ -59,11 +61,15 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Newcomer:
-    """A compact group of spikes that fitted no prototype; `unit` is the known unit whose template it has, or -1."""
+    """A compact group of spikes that fitted no prototype; `unit` is the known unit whose template it has, or -1.
+
+    `last_sample` is the sample_index of the last of its `n_spikes`; the other fields are as in `Calibration`.
+    """
 
     channel: int
     unit: int
     n_spikes: int
+    last_sample: int
     mean: Floats
     spread: float
     template: Floats
@@ -106,10 +112,11 @@ class Prototypes:
         self.unit: Ints = ids[calibration.unit]
         self.n_spikes: Ints = calibration.n_spikes.copy()
         # Weights stay those of calibration: a weight that grows with each spike it won feeds itself.
-        self._log_weight: Floats = np.log(np.maximum(calibration.n_spikes, 1)).astype(np.float32)
+        self.log_weight: Floats = np.log(np.maximum(calibration.n_spikes, 1)).astype(np.float32)
         self.mean: Floats = calibration.mean.copy()
         self.spread: Floats = calibration.spread.copy()
         self.template: Floats = calibration.template.copy()
+        self.last_sample: Ints = np.zeros(len(self.unit), np.int64)
         self._pending: dict[int, list[tuple[int, Floats, Floats]]] = {}
         self._fired: dict[int, deque[int]] = {}
         self._refresh()
@@ -132,7 +139,7 @@ class Prototypes:
         prototype = np.empty(n, np.int64)
         distance, confidence = np.empty(n, np.float32), np.empty(n, np.float32)
         assign_nearest(
-            white, channel.astype(np.int64), self._table, self.mean, self._scale, self._log_weight, self.unit, self._scores,
+            white, channel.astype(np.int64), self._table, self.mean, self._scale, self.log_weight, self.unit, self._scores,
             prototype, distance, confidence,
         )  # fmt: skip
         prototype[distance > self._config.outlier * n_dims] = UNSORTED
@@ -154,37 +161,51 @@ class Prototypes:
         clear = (assignment.distance < self._config.clear * n_dims) & (assignment.confidence > 0.9)
         teacher = np.where(clear, assignment.prototype, UNSORTED)
         follow(assignment.white, snippets, teacher, self._config.slowest, self.n_spikes, self.mean, self.spread, self.template)
+        np.maximum.at(self.last_sample, teacher[clear], peaks["sample_index"][clear])
         for unit_id, sample_index in zip(assignment.unit.tolist(), peaks["sample_index"].tolist(), strict=True):
             if unit_id != UNSORTED:
                 self._fired.setdefault(unit_id, deque(maxlen=_RECENT_SPIKES)).append(sample_index)
         for i in np.flatnonzero(assignment.distance > self._config.strange * n_dims):
             waiting = self._pending.setdefault(int(peaks["channel"][i]), [])
-            waiting.append((int(peaks["sample_index"][i]), assignment.white[i], snippets[i]))
+            waiting.append((int(peaks["sample_index"][i]), assignment.white[i].copy(), snippets[i].copy()))
         self._refresh()
 
-    def discover(self, oldest_sample: int) -> list[Newcomer]:
-        """Look for compact groups among the spikes remembered since `oldest_sample`; the groups found are taken out."""
-        found = []
+    def discover(self, oldest_sample: int) -> Iterator[Newcomer]:
+        """Look for compact groups among the spikes remembered since `oldest_sample`; the groups found are taken out.
+
+        What the caller adds between two steps is known at the next, so a unit that appears on two channels at once is one.
+        """
         for channel in sorted(self._pending):
             recent = [item for item in self._pending[channel] if item[0] >= oldest_sample]
             self._pending[channel] = waiting = recent[-8 * self._config.birth_spikes :]
             if len(waiting) >= self._config.birth_spikes:
-                groups = self._groups(channel, waiting)
-                found += groups
-                # Looked at once: half of them go, so that the next look has mostly new ones.
-                self._pending[channel] = [] if groups else waiting[len(waiting) // 2 :]
-        return found
+                # Looked at once: half of them go, so that the next look has mostly new ones; all go when a group is found.
+                self._pending[channel] = waiting[len(waiting) // 2 :]
+                for newcomer in self._groups(channel, waiting):
+                    self._pending[channel] = []
+                    yield newcomer
 
     def add(self, newcomer: Newcomer, unit_id: int) -> None:
-        """Store a prototype for `unit_id` (-1: a reject prototype)."""
-        self.channel = np.append(self.channel, newcomer.channel)
-        self.unit = np.append(self.unit, unit_id)
-        self.n_spikes = np.append(self.n_spikes, newcomer.n_spikes)
-        self._log_weight = np.append(self._log_weight, np.log(np.float32(newcomer.n_spikes)))
-        self.mean = np.concatenate([self.mean, newcomer.mean[None]])
-        self.spread = np.append(self.spread, np.float32(newcomer.spread))
-        self.template = np.concatenate([self.template, newcomer.template[None]])
+        """Store a prototype for `unit_id` (-1: a reject prototype).
+
+        On one channel a unit has a few at the most; then the one that was longest without a spike is replaced.
+        """
+        rows = np.flatnonzero((self.unit == unit_id) & (self.channel == newcomer.channel))
+        if len(rows) < _MOST_ON_CHANNEL:
+            for name in _COLUMNS:
+                column = getattr(self, name)
+                setattr(self, name, np.concatenate([column, np.zeros((1, *column.shape[1:]), column.dtype)]))
+            row = len(self) - 1
+        else:
+            row = int(rows[np.argmin(self.last_sample[rows])])
+        self.channel[row], self.unit[row], self.n_spikes[row] = newcomer.channel, unit_id, newcomer.n_spikes
+        self.mean[row], self.spread[row], self.template[row] = newcomer.mean, newcomer.spread, newcomer.template
+        self.log_weight[row], self.last_sample[row] = np.log(newcomer.n_spikes), newcomer.last_sample
         self._refresh()
+
+    def skip_gap(self) -> None:
+        """Forget who fired when: after a gap, silence says nothing."""
+        self._fired.clear()
 
     def is_noise(self, newcomer: Newcomer) -> bool:
         """Tell whether a group hugs the detection threshold, as noise does."""
@@ -208,11 +229,10 @@ class Prototypes:
         # Echoes are spread wide; as wide a prototype of them would swallow a unit that moves there.
         self._scale = np.clip(self.spread, 0.5, np.where(self.unit < 0, 1.0, 3.0)).astype(np.float32)
 
-    def _groups(self, channel: int, waiting: list[tuple[int, Floats, Floats]]) -> list[Newcomer]:
+    def _groups(self, channel: int, waiting: list[tuple[int, Floats, Floats]]) -> Iterator[Newcomer]:
         white = np.array([item[1] for item in waiting])
         snippets = np.array([item[2] for item in waiting])
         label = split_by_valleys(white, self._config, self._rng)
-        found = []
         for k in range(int(label.max()) + 1):
             x = white[label == k]
             mean = x.mean(axis=0)
@@ -221,8 +241,7 @@ class Prototypes:
                 template = snippets[label == k].mean(axis=0)
                 times = [item[0] for item, mine in zip(waiting, label == k, strict=True) if mine]
                 owner = self._whose(channel, template, len(x), times[0], times[-1])
-                found.append(Newcomer(channel, owner, len(x), mean, spread, template))
-        return found
+                yield Newcomer(channel, owner, len(x), times[-1], mean, spread, template)
 
     def _whose(self, channel: int, template: Floats, n_spikes: int, first_sample: int, last_sample: int) -> int:
         """Name the unit whose template this is, or -1; more difference is forgiven to one that fell silent meanwhile: it moved."""

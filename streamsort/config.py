@@ -119,6 +119,11 @@ class ClusterConfig:
         _require(self.period_s > 0, "cluster.period_s", self.period_s, "a positive number of seconds")
         _require(self.min_spikes >= 2, "cluster.min_spikes", self.min_spikes, "2 or more spikes")
         _require(self.spikes_per_seed >= 2, "cluster.spikes_per_seed", self.spikes_per_seed, "2 or more spikes")
+        for name in ("outlier", "strange", "clear", "birth_s", "compact", "noise_excess"):
+            _require(getattr(self, name) > 0, f"cluster.{name}", getattr(self, name), "a positive number")
+        _require(0 < self.slowest <= 1, "cluster.slowest", self.slowest, "more than 0, at most 1")
+        _require(self.birth_spikes >= 2, "cluster.birth_spikes", self.birth_spikes, "2 or more spikes")
+        _require(self.min_members >= 2, "cluster.min_members", self.min_members, "2 or more spikes")
         _require(0 < self.valley_ratio < 1, "cluster.valley_ratio", self.valley_ratio, "between 0 and 1")
 
 

@@ -139,7 +139,9 @@ class ObservedSorter(Sorter):
 
 
 class _Keep:
-    """A sink that keeps all spikes, to compare them with the truth."""
+    """Keep all spikes, to compare them with the truth."""
+
+    clean = True
 
     def __init__(self) -> None:
         self._kept = [np.zeros(0, SPIKE_DTYPE)]

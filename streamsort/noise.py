@@ -83,7 +83,8 @@ class NoiseLevel:
 
     def update(self, good: NDArray[np.bool_]) -> None:
         """Take what was collected into the level, unless it is too little."""
-        if self.level is None or not good.any() or (rows := self._collector.take()) is None:
+        rows = self._collector.take()  # in any case, or they would pile up
+        if self.level is None or rows is None or not good.any():
             return
         new = mad(rows)
         level = self._forget * self.level + (1 - self._forget) * new

@@ -160,7 +160,10 @@ class Preprocess:
     def _adapt(self, start_sample: int) -> None:
         """Change what may change only at multiples of the period."""
         self._next_update = (start_sample // self.period_samples + 1) * self.period_samples
-        usable = ~self.bad_channels & (self._hits <= _MOST_UNUSABLE * self._n_seen)
+        good = ~self.bad_channels
+        usable = good & (self._hits <= _MOST_UNUSABLE * self._n_seen)
+        if 2 * usable.sum() < good.sum():  # most at once: the stream is in trouble, not its channels
+            usable = good
         self._hits[:], self._n_seen = 0, 0
         if self._noise.level is None:
             self._calibrate(usable)
@@ -186,9 +189,10 @@ class Preprocess:
         self._noise.start(level, good)
 
     def _reference_name(self, good: NDArray[np.bool_]) -> str:
-        if self._config.reference == "auto":
-            return "median" if len(good) >= _MIN_MEDIAN_CHANNELS else "none"
-        return self._config.reference if good.sum() >= _MIN_REFERENCE_CHANNELS else "none"
+        name: str = self._config.reference
+        if name == "auto":
+            name = "median" if len(good) >= _MIN_MEDIAN_CHANNELS else "none"
+        return name if good.sum() >= _MIN_REFERENCE_CHANNELS else "none"
 
     def _set_good(self, good: NDArray[np.bool_]) -> None:
         self._channels[kernels.GOOD] = good

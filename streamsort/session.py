@@ -52,6 +52,8 @@ class SessionWriter:
 
     Attributes
     ----------
+    clean : bool
+        Whether the stream ends as it should; whoever knows better sets it before `close`, and it is kept in the manifest.
     write_errors : int
         How often the disk refused; `last_error` says why it last did. `n_lost` records were given up for it.
 
@@ -75,6 +77,7 @@ class SessionWriter:
         self, path: str | Path, manifest: dict[str, Any], probe: Probe, sampling_frequency: float, flush_s: float = 1.0
     ) -> None:
         self.path = Path(path)
+        self.clean = True
         self.write_errors = 0
         self.last_error = ""
         self._flush_samples = flush_s * sampling_frequency
@@ -151,14 +154,8 @@ class SessionWriter:
 
         self._attempt(save)
 
-    def close(self, clean: bool = True) -> None:
-        """Write everything and the end into the manifest; a second call does nothing.
-
-        Parameters
-        ----------
-        clean : bool
-            Whether the stream ended as it should; kept in the manifest together with whether all was written.
-        """
+    def close(self) -> None:
+        """Write everything and the end into the manifest; a second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -170,7 +167,7 @@ class SessionWriter:
             "n_lost": self.n_lost + sum(log.n_waiting for log in (self._spikes, self._ledger, self._gaps)),
             "last_error": self.last_error,
         }
-        end = {"ended_at": _now(), "clean": clean and counters["n_lost"] == 0, "counters": counters}
+        end = {"ended_at": _now(), "clean": self.clean and counters["n_lost"] == 0, "counters": counters}
         self._attempt(lambda: _replace(self.path / "manifest.json", _json({**self._manifest, **end}, indent=1)))
         for log in (self._spikes, self._ledger, self._gaps):
             self._attempt(log.close)

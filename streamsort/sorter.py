@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.calibrate import calibrate
+from streamsort.calibrate import calibrate, template_mismatch
 from streamsort.cluster import Assignment, Newcomer, Prototypes
 from streamsort.config import SorterConfig
 from streamsort.detect import Detect
@@ -112,6 +112,7 @@ class Sorter:
             peaks, embeddings, snippets, np.full(n, 10.0, np.float32), Registry(self.info.sampling_frequency), 0
         )
         prototypes.learn(prototypes.predict(embeddings, peaks["channel"]), peaks, snippets)
+        template_mismatch(snippets[0], snippets[1], self._snippets.neighbors[0], self._snippets.neighbors[0], 0.0)
 
     def process(self, chunk: Chunk) -> list[Output]:
         """Take the next chunk through all steps; one output per stretch between learning boundaries."""
@@ -122,21 +123,30 @@ class Sorter:
         return outputs
 
     def detect(self, chunk: Chunk) -> list[PeakBatch]:
-        """Find the peaks whose look-ahead ends in this chunk and cut their snippets."""
+        """Find the peaks whose look-ahead ends in this chunk and cut their snippets.
+
+        Raises
+        ------
+        StreamsortError
+            If the chunk has another number of channels than the stream.
+        """
         if chunk.traces.ndim != 2 or chunk.traces.shape[1] != self.info.n_channels:
             raise StreamsortError(
                 f"chunk at sample {chunk.start_sample}: shape {chunk.traces.shape}, expected (n, {self.info.n_channels})"
             )
         start, traces, gaps = chunk.start_sample, chunk.traces, chunk.gaps
+        batches = []
         if self._next_sample is not None and start < self._next_sample:  # seen before: the time axis never goes back
             known = min(self._next_sample - start, len(traces))
-            gaps = gaps or (Gap(start, known, "duplicate"),)
-            start, traces = start + known, traces[known:]
-        batches = []
+            gaps = gaps or ((Gap(start, known, "duplicate"),) if known else ())
+            start, traces = self._next_sample, traces[known:]
+        elif self._next_sample is not None and start > self._next_sample:
+            # What was due within the gap happens before the first sample after it, whatever the size of the chunk.
+            batches, gaps = [self._detect_stretch(start, traces[:0], chunk, gaps)], ()
         for a, b in self._cut(start, start + len(traces)) or [(start, start)]:
             batches.append(self._detect_stretch(a, traces[a - start : b - start], chunk, gaps))
             gaps = ()
-        self._next_sample = max(start + len(traces), self._next_sample or 0)
+        self._next_sample = start + len(traces)
         return batches
 
     def encode(self, batches: Sequence[PeakBatch]) -> list[Floats]:
@@ -149,6 +159,9 @@ class Sorter:
 
     def assign(self, batch: PeakBatch, embeddings: Floats) -> Output:
         """Name the unit of each peak; nothing is learned."""
+        if batch.start_sample > self._through_sample and self.prototypes is not None:
+            self.prototypes.skip_gap()
+            self.registry.skip_gap(batch.start_sample - self._through_sample)
         self._through_sample = batch.through_sample
         through = max(batch.through_sample - self.margin_samples, 0)
         spikes = self._name(batch, embeddings) if len(batch.peaks) else np.zeros(0, SPIKE_DTYPE)
@@ -300,6 +313,7 @@ class Sorter:
             prototypes.learn(assignment, _joined([batch.peaks for batch in batches]), snippets)
             heights = np.abs(snippets[:, self._snippets.n_before, 0])
             self.registry.see(_joined(spikes), heights, assignment.distance, boundary)
+        self.registry.note_silence(boundary)
         oldest = boundary - round(self.config.cluster.birth_s * self.info.sampling_frequency)
         for newcomer in prototypes.discover(oldest):
             self._welcome(prototypes, newcomer, boundary)

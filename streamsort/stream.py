@@ -26,7 +26,7 @@ from streamsort.latency import LatencyHistogram
 from streamsort.publish import Publisher
 from streamsort.queues import ITEM_BYTES, BoundedQueue
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Flag, Gap, Output, PeakBatch
-from streamsort.sinks import Sink
+from streamsort.sinks import Archive, Sink
 from streamsort.sorter import Sorter
 from streamsort.sources import Source
 
@@ -35,6 +35,7 @@ _SWITCH_INTERVAL_S = 1e-4
 _ENCODE_BYTES = 2 << 20  # about 1000 snippets: past that, waiting for more costs latency and wins no throughput
 _BATCHES_BYTES = 64 << 20
 _SINK_BYTES = 16 << 20  # some 10 s of a busy probe
+_ABORT_S, _JOIN_STEP_S = 2.0, 0.2
 _ARCHIVE_BYTES = 256 << 20  # some minutes: what an archive loses is lost for good
 
 
@@ -62,8 +63,8 @@ class Stream:
     sorter : Sorter
     sinks : sequence of Sink
         Each gets every output, on a thread of its own, and is closed by the stream. The latency in the status is the first one's.
-    archive : Sink, optional
-        The writer of the session; a sink with a much longer queue.
+    archive : Archive, optional
+        A sink with a much longer queue, such as a `SessionWriter`; it is told when the stream does not end as it should.
     config : StreamConfig, optional
         By default the sorter's.
     on_status : callable, optional
@@ -83,7 +84,7 @@ class Stream:
         sorter: Sorter,
         sinks: Sequence[Sink] = (),
         *,
-        archive: Sink | None = None,
+        archive: Archive | None = None,
         config: StreamConfig | None = None,
         on_status: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -93,6 +94,7 @@ class Stream:
         self._chunks: BoundedQueue[Chunk] = BoundedQueue(self._config.queue_s * source.info.sampling_frequency)
         self._batches: BoundedQueue[tuple[PeakBatch, float]] = BoundedQueue(_BATCHES_BYTES)
         self._publishers = [Publisher(sink, _SINK_BYTES, self._live) for sink in sinks]
+        self._archive = archive
         if archive is not None:
             self._publishers.append(Publisher(archive, _ARCHIVE_BYTES, self._live))
         self._latency = {stage: LatencyHistogram() for stage in ("acquire", "detect", "assign")}
@@ -170,12 +172,16 @@ class Stream:
         self._finish()
 
     def abort(self) -> None:
-        """Stop, discard all that is not yet published, and close the sinks; what ended a thread is not raised."""
+        """Stop, discard all that is not yet published, and close the sinks; what ended a thread is not raised.
+
+        A sink that hangs is left to itself after two seconds.
+        """
+        self._spoil_archive()
         queues: list[BoundedQueue[Any]] = [self._chunks, self._batches, *(publisher.queue for publisher in self._publishers)]
         for queue in queues:
             queue.abort()
         self._stop_acquiring()
-        self._join()
+        self._join(_ABORT_S)
 
     def status(self) -> dict[str, Any]:
         """Return counters, queue depths and latencies in ms; from any thread, and ready for JSON.
@@ -260,6 +266,8 @@ class Stream:
         """Hand over one more output: what was dropped last, which no chunk could tell of, and the final status."""
         now = time.monotonic()
         last = Output(self._through_sample, np.empty(0, SPIKE_DTYPE), gaps=list(self._dropped))
+        if self._archive is not None and self._publishers[-1].n_dropped:
+            self._spoil_archive()
         self._count(last, now)
         self._attach_status(last, now)
         self._hand_over(last, now)
@@ -310,6 +318,7 @@ class Stream:
         except BaseException as error:
             with self._lock:
                 self._failure = self._failure or error
+            self._spoil_archive()
             self._stop_acquiring()
         finally:
             if inbox is not None:
@@ -330,14 +339,22 @@ class Stream:
         if self._failure is not None:
             raise self._failure
 
-    def _join(self) -> None:
+    def _spoil_archive(self) -> None:
+        if self._archive is not None:
+            self._archive.clean = False
+
+    def _join(self, timeout_s: float = float("inf")) -> None:
         if not self._threads and not self._ended.is_set():  # never started
             for publisher in self._publishers:
                 publisher.sink.close()
             self._ended.set()
-        self._ended.wait()
-        for thread in self._threads:
-            thread.join()
+        deadline = time.monotonic() + timeout_s
+        while not self._ended.wait(_JOIN_STEP_S):  # in steps: a wait without end cannot be interrupted everywhere
+            if time.monotonic() >= deadline:
+                break
+        else:
+            for thread in self._threads:
+                thread.join()
         self._restore.close()
 
 

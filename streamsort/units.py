@@ -113,7 +113,7 @@ class Registry:
         return events
 
     def see(self, spikes: NDArray[Any], noise_units: NDArray[np.float32], distance: NDArray[np.float32], sample_index: int) -> None:
-        """Update the units with one learning period's spikes and record alarms, silence and returns.
+        """Update the units with one learning period's spikes and record alarms and returns.
 
         Parameters
         ----------
@@ -137,12 +137,21 @@ class Registry:
             if alarm:
                 unit.unstable_until = sample_index + int(UNSTABLE_S * self._sampling_frequency)
                 self.record("drift_alarm", sample_index, unit_id, alarm)
+
+    def note_silence(self, sample_index: int) -> None:
+        """Record the units that have been silent for long by now."""
         for unit in self.units.values():
             silence = sample_index - unit.last_sample
             interval = (unit.last_sample - unit.born_sample) / max(unit.n_spikes, 1)
             if not unit.dormant and silence > max(DORMANT_INTERVALS * interval, 30 * self._sampling_frequency):
                 unit.dormant = True
                 self.record("dormant", sample_index, unit.unit_id, f"silent for {silence / self._sampling_frequency:.0f} s")
+
+    def skip_gap(self, n_samples: int) -> None:
+        """Leave samples that never came out of every unit's silence and rate."""
+        for unit in self.units.values():
+            unit.last_sample += n_samples
+            unit.born_sample += n_samples
 
     def flags(self, unit_id: NDArray[Any]) -> NDArray[np.uint16]:
         """Return the flags that units lend their spikes, (n_spikes,) uint16; none for unit -1."""

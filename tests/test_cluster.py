@@ -125,11 +125,11 @@ def test_strangers_become_a_newcomer(rng: np.random.Generator) -> None:
     x[:, 5] += 40
     found = teach(prototypes, 0, x, template(0.5, 9))
     assert (found.unit == -1).all()
-    newcomers = prototypes.discover(0)
+    newcomers = list(prototypes.discover(0))
     assert [(new.channel, new.unit, new.n_spikes) for new in newcomers] == [(0, -1, 30)]
     prototypes.add(newcomers[0], 12)
     assert (prototypes.predict(*at(0, x)[:1], at(0, x)[1]["channel"]).unit == 12).all()
-    assert prototypes.discover(0) == []
+    assert list(prototypes.discover(0)) == []
 
 
 def test_a_unit_that_moves_to_another_channel_keeps_its_id(rng: np.random.Generator) -> None:
@@ -138,14 +138,14 @@ def test_a_unit_that_moves_to_another_channel_keeps_its_id(rng: np.random.Genera
     x = rng.normal(size=(30, N_DIMS))
     x[:, 4] += 60
     teach(prototypes, 1, x, template(2, 8))
-    newcomer = prototypes.discover(0)[0]
+    newcomer = next(prototypes.discover(0))
     assert (newcomer.channel, newcomer.unit) == (1, 5)
 
 
 def test_scattered_strangers_are_not_a_unit(rng: np.random.Generator) -> None:
     prototypes = store()
     teach(prototypes, 2, rng.normal(size=(60, N_DIMS)) * 6, template(9, 0))
-    assert prototypes.discover(0) == []
+    assert list(prototypes.discover(0)) == []
 
 
 def test_old_strangers_are_forgotten(rng: np.random.Generator) -> None:
@@ -178,6 +178,6 @@ def test_a_wide_echo_swallows_no_stranger(rng: np.random.Generator) -> None:
 def test_noise_is_known_by_its_height(rng: np.random.Generator) -> None:
     prototypes = store()
     teach(prototypes, 2, rng.normal(size=(40, N_DIMS)), template(4.2, 0))
-    assert prototypes.is_noise(prototypes.discover(0)[0])
+    assert prototypes.is_noise(next(prototypes.discover(0)))
     teach(prototypes, 2, rng.normal(size=(40, N_DIMS)), template(7, 0))
-    assert not prototypes.is_noise(prototypes.discover(0)[0])
+    assert not prototypes.is_noise(next(prototypes.discover(0)))

@@ -72,7 +72,8 @@ def test_manifest_tells_what_ran_and_how_it_ended(tmp_path: Path) -> None:
 def test_session_uuid_of_the_caller_is_kept(tmp_path: Path) -> None:
     writer = SessionWriter(tmp_path / "s", {"session": "abc"}, Probe.linear(1), RATE)
     assert writer.session == "abc"
-    writer.close(clean=False)
+    writer.clean = False
+    writer.close()
     assert Session(tmp_path / "s").manifest["clean"] is False
 
 

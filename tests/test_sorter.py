@@ -181,6 +181,42 @@ def test_samples_seen_before_are_left_out_and_reported(recording: Recording, who
     assert sum(gap.n_samples for gap in gaps) == 500 * (len(recording.traces) // 3000 - 1)
 
 
+@pytest.mark.parametrize("sizes", [[30], [7000], RANDOM], ids=["30", "7000", "random"])
+def test_chunk_size_makes_no_difference_across_a_gap(recording: Recording, sizes: list[int]) -> None:
+    """The gap covers the end of calibration and several learning boundaries."""
+
+    def with_gap(sizes: Iterable[int]) -> NDArray[Any]:
+        sorter, first, start = Sorter(CONFIG, stream_info(recording)), 80_000, 95_100
+        parts = [*chunks(recording.traces[:first], sizes)]
+        parts += [Chunk(c.start_sample + start, c.traces) for c in chunks(recording.traces[start:], sizes)]
+        return spikes_of(output for part in parts for output in sorter.process(part))
+
+    spikes = with_gap(sizes)
+    assert spikes.tobytes() == with_gap([3000]).tobytes()
+    assert (spikes["unit_id"] > 0).any()
+
+
+def test_a_chunk_seen_before_changes_nothing(recording: Recording, whole: list[Output]) -> None:
+    sorter = Sorter(CONFIG, stream_info(recording))
+    outputs: list[Output] = []
+    for chunk in chunks(recording.traces, [3000]):
+        outputs += sorter.process(chunk)
+        if chunk.start_sample in (30_000, 120_000):
+            outputs += sorter.process(Chunk(chunk.start_sample - 6000, recording.traces[chunk.start_sample - 6000 :][:3000]))
+    assert spikes_of(outputs).tobytes() == spikes_of(whole).tobytes()
+    assert [g for o in outputs for g in o.gaps] == [Gap(24_000, 3000, "duplicate"), Gap(114_000, 3000, "duplicate")]
+
+
+def test_a_second_without_any_good_sample_is_survived(recording: Recording, whole: list[Output]) -> None:
+    traces = recording.traces.astype(np.float32) * np.float32(GAIN_UV)
+    traces[100_000:130_000] = np.nan
+    info = StreamInfo("float", 30000.0, 4, traces.dtype, np.ones(4, np.float32), recording.probe, False)
+    sorter = Sorter(CONFIG, info)
+    outputs = [output for chunk in chunks(traces, [3000]) for output in sorter.process(chunk)]
+    assert sum(gap.n_samples for output in outputs for gap in output.gaps) == 30_000
+    assert score(spikes_of(outputs), recording.truth, 30000.0, from_s=4.5).accuracy_mean > 0.8
+
+
 def test_an_empty_chunk_still_delivers_its_gaps(recording: Recording) -> None:
     sorter = Sorter(CONFIG, stream_info(recording))
     gap = Gap(0, 300, "overrun")

@@ -19,6 +19,7 @@ def see(registry: Registry, unit_id: int, samples: NDArray[Any], height: float =
     spikes["confidence"] = 0.9
     same = np.full(len(samples), height, np.float32)
     registry.see(spikes, same, np.full(len(samples), 32, np.float32), int(samples[-1]) + 1)
+    registry.note_silence(int(samples[-1]) + 1)
 
 
 def events(registry: Registry) -> list[tuple[str, int]]:
@@ -98,3 +99,14 @@ def test_a_change_of_distance_raises_an_alarm(rng: np.random.Generator) -> None:
     watch = DriftWatch()
     alarms = [watch.update(float(d), 8.0) for d in [*rng.chisquare(32, 500), *rng.chisquare(60, 500)]]
     assert "distance to its prototype changed" in alarms
+
+
+def test_a_gap_is_not_silence() -> None:
+    registry = Registry(RATE)
+    unit = registry.born(0, "test")
+    see(registry, unit, np.arange(0, 10_000, 10))
+    registry.skip_gap(100_000)
+    registry.note_silence(110_100)
+    assert events(registry) == [("born", unit)]
+    registry.note_silence(150_000)
+    assert events(registry) == [("dormant", unit)]

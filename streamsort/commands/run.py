@@ -118,7 +118,7 @@ def _rehearse(config: SorterConfig) -> None:
     """Compile and load all that a sorter needs, on a stream that is not there: a real one does not wait for it."""
     for dtype in (np.int16, np.float32):
         info = StreamInfo("rehearsal", 30000.0, 32, np.dtype(dtype), np.ones(32, np.float32), None, live=True)
-        Sorter(config, info).warmup()
+        Sorter(SorterConfig(snippets=config.snippets, encode=config.encode), info).warmup()
 
 
 def _open_sinks(args: argparse.Namespace, sorter: Sorter, session: str, stack: contextlib.ExitStack) -> list[Sink]:

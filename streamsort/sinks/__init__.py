@@ -22,6 +22,12 @@ class Sink(Protocol):
         ...
 
 
+class Archive(Sink, Protocol):
+    """A sink that keeps everything, and is told by `clean = False` when the stream does not end as it should."""
+
+    clean: bool
+
+
 def open_sink(url: str, *, info: StreamInfo, session: str | None = None, model: str = "", bin_ms: float = 20.0) -> Sink:
     """Open what a URL names.
 

@@ -23,6 +23,7 @@ _log = logging.getLogger("streamsort.sinks.zmq")
 
 _MAX_COUNT = np.iinfo(np.int16).max
 _LINGER_MS = 500
+_MOST_EMPTY_BINS = 100  # at once: the bins of a long gap would push the spikes out of a subscriber's queue
 
 
 class BinCounter:
@@ -58,7 +59,10 @@ class BinCounter:
                 self.slots_version += 1
 
     def closed_bins(self, spikes: NDArray[Any], through_sample: int) -> Iterator[tuple[int, NDArray[np.int16]]]:
-        """Add spikes and yield (start_sample, counts) of each bin that ends by `through_sample`, empty ones included."""
+        """Add spikes and yield (start_sample, counts) of each bin that ends by `through_sample`.
+
+        Empty ones are included, but of a gap of many bins only the last.
+        """
         sorted_spikes = spikes[spikes["unit_id"] >= 0]
         if len(sorted_spikes):
             self._open.append(sorted_spikes[["sample_index", "unit_id"]])
@@ -77,6 +81,8 @@ class BinCounter:
         order = np.argsort(which, kind="stable")
         edges = np.searchsorted(which[order], np.arange(n_bins + 1))
         for k in range(n_bins):
+            if edges[k] == edges[k + 1] and k < n_bins - _MOST_EMPTY_BINS:
+                continue
             counts = np.bincount(slots[order[edges[k] : edges[k + 1]]], minlength=n_slots)
             yield first + k * self.bin_samples, np.minimum(counts, _MAX_COUNT).astype(np.int16)
 
