@@ -112,3 +112,19 @@ def assign_nearest(
         distances.append(z[best])
         confidences.append(float(weights[ours].sum() / weights.sum()))
     return prototypes, distances, confidences
+
+
+def compare_templates(a: NDArray[Any], b: NDArray[Any], columns: NDArray[Any], max_lag: int) -> tuple[list[float], list[float]]:
+    """Energy of the difference and mean energy at each lag, over the rows and channels both have."""
+    differences, energies = [], []
+    for lag in range(-max_lag, max_lag + 1):
+        pairs = [
+            (float(a[t, k]), float(b[t - lag, columns[k]]))
+            for t in range(len(a))
+            if 0 <= t - lag < len(a)
+            for k in range(len(columns))
+            if columns[k] >= 0
+        ]
+        differences.append(sum((u - v) ** 2 for u, v in pairs))
+        energies.append(sum(u * u + v * v for u, v in pairs) / 2)
+    return differences, energies

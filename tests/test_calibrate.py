@@ -2,12 +2,14 @@
 
 from typing import Any
 
+import naive
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from streamsort.calibrate import Calibration, calibrate, template_mismatch, valley_ratio
 from streamsort.config import ClusterConfig
+from streamsort.kernels.cluster import compare_templates
 from streamsort.records import PEAK_DTYPE
 
 NEIGHBORS = np.array([[0, 1, -1], [1, 0, 2], [2, 1, -1]], np.int32)
@@ -152,3 +154,13 @@ def test_template_mismatch_knows_lags_channels_and_noise(rng: np.random.Generato
     assert template_mismatch(a, noisy, NEIGHBORS[1], NEIGHBORS[1], 1.44) < template_mismatch(
         a, noisy, NEIGHBORS[1], NEIGHBORS[1], 0.0
     )
+
+
+def test_comparing_kernel_agrees_with_its_definition(rng: np.random.Generator) -> None:
+    a, b = rng.normal(size=(2, 9, 4)).astype(np.float32)
+    columns = np.array([2, -1, 0, 3], np.int32)
+    differences, energies = np.empty(7, np.float32), np.empty(7, np.float32)
+    assert compare_templates(a, b, columns, 3, differences, energies) == 3
+    expected = naive.compare_templates(a, b, columns, 3)
+    np.testing.assert_allclose(differences, expected[0], rtol=1e-5)
+    np.testing.assert_allclose(energies, expected[1], rtol=1e-5)

@@ -1,5 +1,7 @@
 """The recipe as a whole: the size of the chunks makes no difference, threads make no difference, learning happens at its time."""
 
+import subprocess
+import sys
 from collections.abc import Iterable
 from itertools import cycle, pairwise
 from typing import Any
@@ -277,3 +279,38 @@ def test_a_snippet_the_model_was_not_made_for_is_refused(recording: Recording) -
     config = SorterConfig.from_dict({"snippets": {"ms_after": 1.5}})
     with pytest.raises(StreamsortError, match=r"set snippets\.ms_before"):
         Sorter(config, stream_info(recording))
+
+
+STREAMED = """
+import numpy as np
+from streamsort.config import SorterConfig
+from streamsort.kernels import cluster, detect, preprocess
+from streamsort.records import Chunk, StreamInfo
+from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
+from streamsort.sorter import Sorter
+
+def signatures():
+    return {
+        name: len(kernel.signatures)
+        for module in (cluster, detect, preprocess)
+        for name, kernel in vars(module).items()
+        if hasattr(kernel, "signatures")
+    }
+
+made = simulate_recording(SimulationConfig(seconds=5, probe_name="tetrode", n_units=3, snr=(8, 16), rates_hz=(15, 40)))
+info = StreamInfo("made", 30000.0, 4, made.traces.dtype, np.full(4, GAIN_UV, np.float32), made.probe, False)
+sorter = Sorter(SorterConfig.from_dict({"warmup_s": 3.0, "preprocess": {"noise_s": 0.5}}), info)
+sorter.warmup()
+before = signatures()
+made.traces.flags.writeable = False
+for start in range(0, len(made.traces), 300):
+    sorter.process(Chunk(start, made.traces[start : start + 300]))
+assert sorter.units_table()
+used = min(before[name] for name in ("compare_templates", "follow", "find_peaks"))
+print(max(signatures().values()), signatures() == before, used)
+"""
+
+
+def test_nothing_is_compiled_while_streaming() -> None:
+    done = subprocess.run([sys.executable, "-c", STREAMED], capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["1", "True", "1"], done.stderr
