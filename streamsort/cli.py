@@ -6,6 +6,7 @@ exit code 0. Everything is imported when its command was chosen, so that help co
 
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
@@ -90,6 +91,16 @@ def _add(
     return parser
 
 
+def _positive(text: str) -> float:
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+_positive.__name__ = "positive number"  # as argparse calls it
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
 
@@ -135,8 +146,8 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--publish", metavar="URL", help="ZeroMQ address to publish on, e.g. tcp://127.0.0.1:5560")
     parser.add_argument("--lsl", metavar="NAME", help="also publish spikes as the LSL stream NAME")
     parser.add_argument("--session", metavar="DIR", help="new directory to save everything in")
-    parser.add_argument("--seconds", type=float, metavar="N", help="stop after so much of the stream")
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so much silence of a live stream (never)")
+    parser.add_argument("--seconds", type=_positive, metavar="N", help="stop after so much of the stream")
+    parser.add_argument("--timeout", type=_positive, metavar="S", help="give up after so much silence of a live stream (never)")
     parser.add_argument("--speed", type=float, metavar="X", help="multiple of real time, for recordings and simulations (1)")
     parser.add_argument("--chunk-ms", type=float, default=1.0, metavar="MS", help="length of a recording's chunks (1)")
     _add_sorting(parser)
@@ -186,7 +197,7 @@ def _add_replay(commands: Any) -> None:
     parser.add_argument("--to", metavar="URL", required=True, help="lsl:NAME, or tcp://127.0.0.1:PORT to bind")
     parser.add_argument("--speed", type=float, default=1.0, metavar="X", help="multiple of real time (1)")
     parser.add_argument("--chunk-ms", type=float, default=1.0, metavar="MS", help="length of what is sent at once (1)")
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up when nobody listens for so long (never)")
+    parser.add_argument("--timeout", type=_positive, metavar="S", help="give up when nobody listens for so long (never)")
     parser.add_argument("--probe", metavar="FILE", help="probeinterface JSON to announce instead of the recording's own")
     _add_json(parser)
 
@@ -200,8 +211,8 @@ def _add_listen(commands: Any) -> None:
         drains=True,
     )
     parser.add_argument("url", metavar="URL", help="where the sorter publishes")
-    parser.add_argument("--seconds", type=float, metavar="N", help="stop after so long")
-    parser.add_argument("--timeout", type=float, metavar="S", help="give up after so much silence (never)")
+    parser.add_argument("--seconds", type=_positive, metavar="N", help="stop after so long")
+    parser.add_argument("--timeout", type=_positive, metavar="S", help="give up after so much silence (never)")
     _add_json(parser)
 
 

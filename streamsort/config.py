@@ -6,6 +6,7 @@ out: a table per stage, unknown keys refused with the nearest known one. Every d
 
 import dataclasses
 import difflib
+import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,7 +162,8 @@ class SorterConfig:
     stream: StreamConfig = field(default_factory=StreamConfig)
 
     def __post_init__(self) -> None:
-        _require(self.warmup_s > self.preprocess.noise_s, "warmup_s", self.warmup_s, "more than preprocess.noise_s")
+        _require(self.preprocess.noise_s < self.warmup_s < math.inf, "warmup_s", self.warmup_s, "more than preprocess.noise_s")
+        _require(self.seed >= 0, "seed", self.seed, "0 or more")
 
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "SorterConfig":
@@ -228,7 +230,9 @@ def _build(cls: Any, table: Any, prefix: str) -> Any:
 
 def _convert(kind: Any, value: Any, name: str) -> Any:
     """Accept an int where a float is meant; refuse every other mismatch of type."""
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if not math.isfinite(value):
+            raise StreamsortError(f"config: {name} = {value!r}, expected a finite number")
         return float(value)
     plain = kind if isinstance(kind, type) else str  # the Literal fields are strings
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):

@@ -82,7 +82,7 @@ class Probe:
             positions = np.concatenate([np.asarray(p.contact_positions)[:, :2] * _UM_PER[p.si_units] for p in group.probes])
         except FileNotFoundError:
             raise StreamsortError(f"probe {path}: no such file") from None
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise StreamsortError(f"probe {path}: not a probeinterface file ({type(error).__name__}: {error})") from None
         wired = [p.device_channel_indices for p in group.probes]
         channels = np.concatenate(wired) if all(w is not None for w in wired) else np.arange(len(positions))

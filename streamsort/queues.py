@@ -55,10 +55,15 @@ class BoundedQueue(Generic[T]):
             self._append(item, weight)
         return n_dropped
 
-    def take(self, limit: float = 0.0) -> list[T]:
-        """Wait for an item and take it, with those after it up to a summed weight; an empty list says that no more will come."""
+    @property
+    def ended(self) -> bool:
+        """Whether no more will come."""
+        return self._closed and not self._items
+
+    def take(self, limit: float = 0.0, timeout: float | None = None) -> list[T]:
+        """Wait for an item and take it, with those after it up to a summed weight; none at the end, or after `timeout` seconds."""
         with self._changed:
-            self._changed.wait_for(lambda: self._items or self._closed)
+            self._changed.wait_for(lambda: self._items or self._closed, timeout)
             taken: list[T] = []
             weight = 0.0
             while self._items and (not taken or weight + self._items[0][1] <= limit):

@@ -22,6 +22,7 @@ from streamsort.simulate import Truth
 
 MIN_AGREEMENT = 0.5  # below, a true unit counts as not found
 STABILITY_WINDOW_S = 10.0
+_LONGEST_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,9 @@ def score(
     if not (sampling_frequency > 0 and delta_ms >= 0):
         expected = "expected a positive rate and 0 or more ms"
         raise StreamsortError(f"score: sampling_frequency = {sampling_frequency}, delta_ms = {delta_ms}, {expected}")
+    for name, seconds in (("from_s", from_s), ("to_s", to_s)):
+        if seconds is not None and not abs(seconds) < _LONGEST_S:
+            raise StreamsortError(f"score: {name} = {seconds}, expected a number of seconds")
     low = 0 if from_s is None else round(from_s * sampling_frequency)
     high = np.iinfo(np.int64).max if to_s is None else round(to_s * sampling_frequency)
     true = _Trains.cut(truth.sample_index, truth.unit_index, low, high)

@@ -21,6 +21,8 @@ _log = logging.getLogger("streamsort.sockets")
 
 _POLL_MS = 100
 _QUIET_S = 5.0  # silence after which the log says so, once
+_MAX_MESSAGE_BYTES = 1 << 28  # a peer that sends more is disconnected
+_MAX_PORT = 65535  # the library takes a larger one modulo 65536
 _SEND_HIGH_WATER = 10_000  # messages per subscriber: about 10 s at a spike message per ms
 
 
@@ -89,8 +91,13 @@ class Subscriber:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, high_water)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         try:
+            check_port(url, role)
             self._socket.connect(url)
+        except StreamsortError:
+            self.close()
+            raise
         except zmq.ZMQError as error:
             self.close()
             raise StreamsortError(f"{role} {url}: {str(error).lower()}, expected an address such as tcp://127.0.0.1:5560") from None
@@ -135,6 +142,13 @@ class Subscriber:
             return None
 
 
+def check_port(url: str, role: str) -> None:
+    """Refuse a port that is none."""
+    port = url.rpartition(":")[2]
+    if port.isdecimal() and int(port) > _MAX_PORT:
+        raise StreamsortError(f"{role} {url}: port {port}, expected 0 to {_MAX_PORT}")
+
+
 def bound_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, url: str, role: str) -> "zmq.Socket[bytes]":
     """Bind a publishing socket with an explicit high-water mark.
 
@@ -143,6 +157,11 @@ def bound_socket(context: "zmq.Context[zmq.Socket[bytes]]", kind: int, url: str,
     StreamsortError
         If the port is taken or the address is none; `context` is terminated then.
     """
+    try:
+        check_port(url, role)
+    except StreamsortError:
+        context.term()
+        raise
     socket = context.socket(kind)
     socket.setsockopt(zmq.SNDHWM, _SEND_HIGH_WATER)
     socket.setsockopt(zmq.LINGER, 0)

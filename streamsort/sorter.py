@@ -165,7 +165,7 @@ class Sorter:
         self._through_sample = batch.through_sample
         through = max(batch.through_sample - self.margin_samples, 0)
         spikes = self._name(batch, embeddings) if len(batch.peaks) else np.zeros(0, SPIKE_DTYPE)
-        return Output(through, spikes, self.registry.take_events(), list(batch.gaps), t_acquired=batch.t_acquired)
+        return Output(through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired)
 
     def _name(self, batch: PeakBatch, embeddings: Floats) -> NDArray[Any]:
         peaks = batch.peaks
@@ -197,6 +197,10 @@ class Sorter:
         elif boundary > self._learned_through:
             self._learn_period(self.prototypes, boundary)
             self._learned_through = boundary
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """Hand over the ledger lines that no output has carried yet: those of the last `learn`."""
+        return self.registry.take_events()
 
     def units_table(self) -> list[dict[str, Any]]:
         """List the units as the `units` topic publishes them."""

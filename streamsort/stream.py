@@ -200,6 +200,7 @@ class Stream:
             "floor_ms": self._sorter.margin_samples * milliseconds,
             **{name: value for name, value in vars(counts).items() if name != "samples_lost"},
             "samples_lost": dict(counts.samples_lost),
+            "source": dict(self._source.counters),
             "outputs_dropped": sum(publisher.n_dropped for publisher in self._publishers),
             "sink_errors": sum(publisher.n_errors for publisher in self._publishers),
             "queues": {"chunks_ms": self._chunks.weight * milliseconds, "batches": len(self._batches)},
@@ -249,7 +250,10 @@ class Stream:
 
     def _assign(self) -> None:
         """Encode all that is waiting in one go, so that batches form by themselves under load."""
-        while taken := self._batches.take(_ENCODE_BYTES):
+        while (taken := self._batches.take(_ENCODE_BYTES, self._config.status_s)) or not self._batches.ended:
+            if not taken:  # the source is silent, which is when its status is wanted most
+                self._say_status()
+                continue
             embeddings = self._sorter.encode([batch for batch, _ in taken])
             for (batch, t_detected), rows in zip(taken, embeddings, strict=True):
                 output = self._sorter.assign(batch, rows)
@@ -264,13 +268,17 @@ class Stream:
 
     def _conclude(self) -> None:
         """Hand over one more output: what was dropped last, which no chunk could tell of, and the final status."""
-        now = time.monotonic()
-        last = Output(self._through_sample, np.empty(0, SPIKE_DTYPE), gaps=list(self._dropped))
         if self._archive is not None and self._publishers[-1].n_dropped:
             self._spoil_archive()
-        self._count(last, now)
-        self._attach_status(last, now)
-        self._hand_over(last, now)
+        self._say_status(list(self._dropped))
+
+    def _say_status(self, gaps: Sequence[Gap] = ()) -> None:
+        """Hand over an output without spikes."""
+        now = time.monotonic()
+        output = Output(self._through_sample, np.empty(0, SPIKE_DTYPE), self._sorter.take_events(), list(gaps))
+        self._count(output, now)
+        self._attach_status(output, now)
+        self._hand_over(output, now)
 
     def _count(self, output: Output, now: float) -> None:
         """Count an output, and flag the spikes that are late before they are even handed over."""

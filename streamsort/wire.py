@@ -24,7 +24,7 @@ SCHEMA = "streamsort/1"
 CLOCK = "monotonic"
 
 _MAX_HEADER_BYTES = 65536
-_MAX_CHANNELS = 65535
+_MAX_CHANNELS = 4096
 _MAX_SAMPLES = 1 << 24  # of one message
 _MAX_INDEX = 1 << 60
 _MAX_RATE_HZ = 1e7

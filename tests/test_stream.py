@@ -104,6 +104,9 @@ class CountingSorter:
             self.learn()
         return outputs
 
+    def take_events(self) -> list[dict[str, Any]]:
+        return []
+
     def units_table(self) -> list[dict[str, Any]]:
         return [{"unit_id": 1}]
 
@@ -118,6 +121,7 @@ class ListSource:
         self, chunks: Sequence[Chunk], *, live: bool = False, pause_after: int | None = None, error: Exception | None = None
     ) -> None:
         self.info = StreamInfo("list", FS, 2, np.dtype(np.float32), np.ones(2, np.float32), None, live)
+        self.counters = {"stalls": 3}
         self.n_closed = 0
         self.delivered = threading.Event()  # every chunk (or those before the pause) was taken from us
         self._chunks, self._pause_after, self._error = chunks, pause_after, error
@@ -495,7 +499,7 @@ def test_status_travels_with_outputs_and_never_changes_spikes() -> None:
         1,
         5.0,
     )
-    assert status["latency_ms"]["detect"]["n"] == len(sink.outputs) - 1
+    assert status["latency_ms"]["detect"]["n"] == sum(output.t_acquired > 0 for output in sink.outputs)  # others are status alone
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT for a child there")
@@ -592,3 +596,17 @@ def test_a_publisher_of_a_file_waits_for_its_sink() -> None:
     publisher.queue.close()
     waiting.join(PATIENCE_S)
     assert publisher.n_dropped == 0
+
+
+def test_status_goes_on_while_the_source_is_silent() -> None:
+    """A decoder must be able to tell a silent amplifier from a dead sorter."""
+    source, sink = ListSource(even(3000, 300), live=True, pause_after=5), ListSink()
+    with Stream(source, CountingSorter(), [sink], config=StreamConfig(status_s=0.05)) as stream:
+        assert source.delivered.wait(PATIENCE_S)
+        deadline = time.monotonic() + PATIENCE_S
+        while sum(output.status is not None for output in list(sink.outputs)) < 5 and time.monotonic() < deadline:
+            stream.wait(0.02)
+        silent = [output for output in list(sink.outputs) if output.status is not None and not len(output.spikes)]
+    assert len(silent) >= 3
+    assert silent[-1].units is not None and silent[-1].status is not None
+    assert silent[-1].status["source"] == {"stalls": 3}

@@ -253,7 +253,7 @@ def test_a_publisher_that_starts_anew_is_taken_up_after_a_tenth_of_a_second() ->
     continuity = Continuity(1000.0, first_sample=50000)
     for k in range(10):
         assert continuity.place(50000 + 100 * k, 100, now=0.1 * k) == (0, [])
-    assert continuity.place(0, 60, now=2.9) == (60, [Gap(-50000, 60, "duplicate")])
+    assert continuity.place(0, 60, now=2.9) == (60, [])  # a sample before the stream is nothing to report a gap at
     n_drop, gaps = continuity.place(60, 60, now=2.96)
     assert (n_drop, gaps) == (0, [Gap(1000, 2000, "gap")])
     assert continuity.next_sample == 3060
@@ -468,3 +468,41 @@ def test_closing_a_subscription_ends_its_iteration(publisher: Publisher) -> None
 def test_decode_refuses_json_that_is_none() -> None:
     with pytest.raises(MalformedMessage):
         decode([b"units", b'{"seq":0,"n":1}', b"\xff"])
+
+
+def test_a_backlog_taken_late_does_not_date_samples_into_the_future(free_port: int) -> None:
+    """Without stamps, times come from arrivals; the first messages may have waited while the sorter was being built."""
+    url, rate, n = f"tcp://127.0.0.1:{free_port}", 10_000.0, 100
+    context = zmq.Context()
+    publisher = context.socket(zmq.PUB)
+    publisher.bind(url)
+    stop = threading.Event()
+
+    def publish() -> None:
+        began, k = time.monotonic(), 0
+        while not stop.wait(max(began + (k + 1) * n / rate - time.monotonic(), 0.0)):
+            header = {
+                "schema": "streamsort/1", "seq": k, "start_sample": k * n, "n_samples": n, "n_channels": 2,
+                "sampling_frequency": rate, "dtype": "<i2", "gain_uv": 0.2,
+            }  # fmt: skip
+            publisher.send_multipart([b"traces", json.dumps(header).encode(), bytes(n * 4)])
+            k += 1
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    try:
+        with ZmqSource(url, timeout_s=10.0) as source:
+            stop_waiting = threading.Event()
+            stop_waiting.wait(0.4)  # a backlog of 40 messages
+            late = []
+            for chunk in source:
+                late.append(chunk.t_acquired - (chunk.t_origin + chunk.end_sample / rate))
+                if len(late) == 120:
+                    break
+        assert min(late[60:]) > -0.005
+        assert float(np.median(late[60:])) < 0.02
+    finally:
+        stop.set()
+        thread.join()
+        publisher.close(linger=0)
+        context.term()

@@ -40,6 +40,7 @@ def figures_of(status: Mapping[str, Any], sorter: Sorter, args: argparse.Namespa
         "samples_acquired": status["samples_acquired"],
         "samples_lost": lost_samples(status),
         "samples_unusable": {kind: n for kind, n in status["samples_lost"].items() if kind not in ("gap", "overrun")},
+        "source_trouble": status["source"],
         "outputs_dropped": status["outputs_dropped"],
         "sink_errors": status["sink_errors"],
         "floor_ms": status["floor_ms"],
@@ -69,6 +70,8 @@ def print_summary(status: Mapping[str, Any], sorter: Sorter, args: argparse.Name
     ]
     for kind, n in figures["samples_unusable"].items():
         rows.append((kind, f"{n} samples"))
+    if trouble := {name: n for name, n in status["source"].items() if n}:
+        rows.append(("source", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in trouble.items())))
     if figures["latency_ms"]["n"]:
         rows.append(("latency", f"{spread_words(figures['latency_ms'])}, trough to published"))
         rows.append(("floor", f"{figures['floor_ms']:.1f} ms, the look-ahead"))

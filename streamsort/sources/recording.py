@@ -8,7 +8,6 @@ type, and data with an offset, become float32 (with an offset: in microvolts). A
 import difflib
 import json
 import logging
-import math
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from streamsort.sources.pace import PacedSource
 _log = logging.getLogger("streamsort.sources.recording")
 
 _DTYPES = ("int16", "float32", "uint16", "int32", "float64")
+_MAX_RATE_HZ = 10_000_000
 _SUFFIXES = (".json", ".toml")
 
 # Every spelling that is understood, by the field it fills.
@@ -174,7 +174,7 @@ def _parse(table: dict[str, Any], path: Path) -> _Layout:
         field: next((table[name] for name in names if table.get(name) is not None), None) for field, names in _SPELLINGS.items()
     }
     fs = found["sampling_frequency"]
-    if isinstance(fs, bool) or not isinstance(fs, int | float) or not (math.isfinite(fs) and fs > 0):
+    if isinstance(fs, bool) or not isinstance(fs, int | float) or not 0 < fs <= _MAX_RATE_HZ:
         raise StreamsortError(f"recording {path}: sampling_frequency {fs!r}, expected a positive number of Hz")
     n_channels = _whole(found["n_channels"], "n_channels", path, least=1)
     dtype = _sample_type(found["dtype"], path)

@@ -26,6 +26,7 @@ _log = logging.getLogger("streamsort.sources.zmq")
 _RESTART_S = 0.1  # of samples in a row that do not fit, before they are believed
 _MAX_JUMP_S = 60.0  # a longer gap must agree with the time that passed
 _NEW_LINE_S = 1.0  # further from the line of arrivals than this, a new one is begun
+_EARLY_S = 2e-3  # no sample arrives before it was taken: a line later than an arrival was begun too late
 _SAME_CLOCK_S = 60.0  # a stamp further from our clock is another clock's
 
 
@@ -74,7 +75,7 @@ class Continuity:
         jump = start - self.next_sample
         if jump > max(_MAX_JUMP_S, 1.5 * elapsed_s) * self._sampling_frequency or jump <= -n_samples:
             if not self._restarted(start, n_samples):
-                return n_samples, [self._dropped(start, n_samples)] if jump < 0 else []
+                return n_samples, [self._dropped(start, n_samples)] if jump < 0 <= start else []
             jump = max(round(elapsed_s * self._sampling_frequency) - n_samples, 0)
             start = self.next_sample + jump
             self._base = start_sample - start
@@ -206,8 +207,10 @@ class ZmqSource:
         newest = self._continuity.next_sample - 1
         if stamp is not None and 0 <= now - stamp < _SAME_CLOCK_S:
             return stamp - newest / self.info.sampling_frequency
-        if self._fit.started and abs(now - newest / self.info.sampling_frequency - self._fit.t_origin(newest)) > _NEW_LINE_S:
-            self._fit.restart()
+        if self._fit.started:
+            late_s = now - newest / self.info.sampling_frequency - self._fit.t_origin(newest)
+            if late_s > _NEW_LINE_S or late_s < -_EARLY_S:
+                self._fit.restart()
         self._fit.update(newest, now)
         return self._fit.t_origin(newest)
 
