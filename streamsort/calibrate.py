@@ -7,11 +7,9 @@ evidence:
 1. k-means in each channel's embedding space, more clusters than there can be units;
 2. on each channel, merge pairs whose spikes show no valley between them along their discriminant;
 3. across clusters, on one channel or on neighbours, merge pairs whose mean snippets agree on the channels they share: a unit
-between
-   two contacts peaks now on one, now on the other;
-4. leave out what hugs the threshold (noise: its amplitudes fall off from the threshold as a Gaussian tail does) and echoes (a
-second
-   trough that follows a larger unit's spike at a fixed lag).
+   between two contacts peaks now on one, now on the other, and one that moves is compared between neighbouring stretches of time;
+4. reject what hugs the threshold (noise: its amplitudes fall off from the threshold as a Gaussian tail does) and echoes (troughs
+   that come with larger spikes: after-waves nearby, copies turned over by the common reference); forget what is too small.
 
 Embeddings are compared after whitening with their pooled within-cluster covariance, the metric in which a unit is a ball. No clock
 and no global state: the same peaks and seed give the same units.
@@ -86,6 +84,13 @@ def calibrate(
         The channels of a snippet, nearest first, -1 where there is none.
     amplitudes : ndarray, shape (n_peaks,), float32
         Peak heights in noise units, positive.
+    detect_threshold : float
+        In noise units; tells noise by how closely it follows the threshold.
+    sampling_frequency : float
+        In Hz.
+    config : ClusterConfig
+    seed : int
+        Of the k-means starts.
 
     Returns
     -------

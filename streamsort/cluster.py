@@ -119,7 +119,7 @@ class Prototypes:
         self.last_sample: Ints = np.zeros(len(self.unit), np.int64)
         self._pending: dict[int, list[tuple[int, Floats, Floats]]] = {}
         self._fired: dict[int, deque[int]] = {}
-        self._refresh()
+        self._index()
 
     def __len__(self) -> int:
         return len(self.unit)
@@ -168,7 +168,7 @@ class Prototypes:
         for i in np.flatnonzero(assignment.distance > self._config.strange * n_dims):
             waiting = self._pending.setdefault(int(peaks["channel"][i]), [])
             waiting.append((int(peaks["sample_index"][i]), assignment.white[i].copy(), snippets[i].copy()))
-        self._refresh()
+        self._bound_scale()
 
     def discover(self, oldest_sample: int) -> Iterator[Newcomer]:
         """Look for compact groups among the spikes remembered since `oldest_sample`; the groups found are taken out.
@@ -201,7 +201,7 @@ class Prototypes:
         self.channel[row], self.unit[row], self.n_spikes[row] = newcomer.channel, unit_id, newcomer.n_spikes
         self.mean[row], self.spread[row], self.template[row] = newcomer.mean, newcomer.spread, newcomer.template
         self.log_weight[row], self.last_sample[row] = np.log(newcomer.n_spikes), newcomer.last_sample
-        self._refresh()
+        self._index()
 
     def skip_gap(self) -> None:
         """Forget who fired when: after a gap, silence says nothing."""
@@ -216,8 +216,8 @@ class Prototypes:
         rows = np.flatnonzero(self.unit == unit_id)
         return int(rows[np.argmax(self.n_spikes[rows])])
 
-    def _refresh(self) -> None:
-        """Derive what `predict` reads from the store: candidates per channel, weights, scales within bounds."""
+    def _index(self) -> None:
+        """Derive from the rows what `predict` reads: the candidates of each channel, and their scales."""
         n_channels = len(self.neighbors)
         order = np.argsort(self.channel, kind="stable")
         counts = np.bincount(self.channel, minlength=n_channels)
@@ -226,6 +226,9 @@ class Prototypes:
         column = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
         self._table[self.channel[order], column] = order
         self._scores = np.empty(width, np.float32)
+        self._bound_scale()
+
+    def _bound_scale(self) -> None:
         # Echoes are spread wide; as wide a prototype of them would swallow a unit that moves there.
         self._scale = np.clip(self.spread, 0.5, np.where(self.unit < 0, 1.0, 3.0)).astype(np.float32)
 

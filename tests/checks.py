@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.records import Output
+from streamsort.records import Chunk, Output
 
 
 class Kept:
@@ -26,6 +26,16 @@ class Kept:
 
     def close(self) -> None:
         pass
+
+
+def take(source: Iterable[Chunk], until: int) -> list[Chunk]:
+    """Take chunks of a source up to that sample."""
+    chunks = []
+    for chunk in source:
+        chunks.append(chunk)
+        if chunk.end_sample >= until:
+            return chunks
+    raise AssertionError("the source ended")
 
 
 Arrays = tuple[NDArray[Any], ...]

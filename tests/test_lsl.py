@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checks import take
 from test_recording import SAMPLES, write_raw, write_spikeinterface
 
 from streamsort.errors import StreamsortError
@@ -18,7 +19,7 @@ from streamsort.liblsl import load_pylsl, read_description
 from streamsort.probe import Probe
 from streamsort.records import SPIKE_DTYPE, Chunk, Gap, Output, StreamInfo
 from streamsort.sinks import open_sink
-from streamsort.sources import Source, open_source
+from streamsort.sources import open_source
 from streamsort.sources.gaps import GapFinder
 from streamsort.sources.lsl import LslSource, predicate
 
@@ -43,15 +44,6 @@ def outlet(name: str, n_channels: int = 4, rate_hz: float = FS, kind: str = "int
     if desc is not None:
         desc(info)
     return pylsl.StreamOutlet(info, 0, 10)
-
-
-def take(source: Source, until: int) -> list[Chunk]:
-    chunks = []
-    for chunk in source:
-        chunks.append(chunk)
-        if chunk.end_sample >= until:
-            return chunks
-    raise AssertionError("the source ended")
 
 
 # ---- counting and stamps, without LSL

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import zmq
+from checks import take
 from test_recording import SAMPLES, write_raw
 
 from streamsort.client import subscribe
 from streamsort.errors import StreamsortError
 from streamsort.player import replay
 from streamsort.probe import Probe
-from streamsort.records import SPIKE_DTYPE, Chunk, Gap, Output, StreamInfo
+from streamsort.records import SPIKE_DTYPE, Gap, Output, StreamInfo
 from streamsort.sinks import open_sink
 from streamsort.sinks.zmq import BinCounter, ZmqSink
-from streamsort.sources import Source, open_source
+from streamsort.sources import open_source
 from streamsort.sources.clock import ClockFit
 from streamsort.sources.recording import Recording
 from streamsort.sources.zmq import Continuity, ZmqSource
@@ -72,15 +73,6 @@ def publisher() -> Iterator[Publisher]:
     it = Publisher()
     yield it
     it.context.destroy(linger=0)
-
-
-def take(source: Source, until: int) -> list[Chunk]:
-    chunks = []
-    for chunk in source:
-        chunks.append(chunk)
-        if chunk.end_sample >= until:
-            return chunks
-    raise AssertionError("the source ended")
 
 
 # ---- in
