@@ -1,12 +1,13 @@
 """Simulated neurons: what a unit looks like on every contact, wherever it has drifted to.
 
 A probe and a seed come in, `Units` goes out: parameters, not templates, from which a template is evaluated at any displacement and
-any fraction of a sample. A unit is three currents (a trough, a repolarisation after it, a small peak before it), each with its own
-place and reach, so its shape changes from contact to contact as in tissue.
+any fraction of a sample. A unit is three currents (a trough, a repolarisation after it, a small peak before it) and three smaller
+ones of either sign at any time and further away, as of dendrites and axon. Each has its own place and reach, so the shape changes
+from contact to contact as in tissue.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,15 +21,15 @@ N_CANDIDATES = 12  # contacts nearest to a trough's source; the deepest trough i
 
 @dataclass(frozen=True)
 class Units:
-    """What makes the shapes of n_units neurons; three components each: trough, repolarisation, first peak.
+    """What makes the shapes of n_units neurons; six components each: trough, repolarisation, first peak, and three more.
 
     Attributes
     ----------
-    sources_um : ndarray, shape (n_units, 3, 3)
+    sources_um : ndarray, shape (n_units, 6, 3)
         Where each component comes from: x and y in the plane of the probe, z away from it.
-    gain_uv, decay_um, centre_ms : ndarray, shape (n_units, 3)
+    gain_uv, decay_um, centre_ms : ndarray, shape (n_units, 6)
         Signed amplitude at distance 0, distance over which it falls to 1/e, time of its extremum after the unit's trough.
-    width_ms : ndarray, shape (n_units, 3, 2)
+    width_ms : ndarray, shape (n_units, 6, 2)
         Standard deviations of the Gaussian flank before and after the extremum.
     aspect : ndarray, shape (n_units,)
         Distances along x are multiplied by this, those along y divided.
@@ -62,13 +63,31 @@ class Units:
         return round(MS_AFTER * self.sampling_frequency / 1e3)
 
 
+class Kind(NamedTuple):
+    """Ranges that the shapes of one kind of neuron are drawn from."""
+
+    share: float  # of all units
+    width_ms: tuple[float, float]  # of the trough at a tenth of its depth
+    repolarisation: tuple[float, float]  # parts of the trough
+    first_peak: tuple[float, float]
+    decay_um: tuple[float, float]
+    slowness_ms_per_um: float  # at most
+
+
+KINDS = {
+    "regular": Kind(0.40, (0.30, 0.60), (0.08, 0.40), (0.0, 0.12), (18.0, 60.0), 0.0015),
+    "narrow": Kind(0.20, (0.18, 0.35), (0.25, 0.70), (0.0, 0.12), (15.0, 45.0), 0.0015),
+    "broad": Kind(0.12, (0.50, 0.90), (0.05, 0.30), (0.0, 0.10), (20.0, 65.0), 0.0020),
+    "triphasic": Kind(0.10, (0.20, 0.50), (0.15, 0.55), (0.25, 0.60), (15.0, 50.0), 0.0025),
+    "axonal": Kind(0.10, (0.12, 0.25), (0.20, 0.60), (0.30, 0.80), (12.0, 25.0), 0.0050),
+    "positive first": Kind(0.08, (0.20, 0.60), (0.10, 0.50), (0.70, 1.20), (18.0, 60.0), 0.0020),
+}
+
+
 def draw_units(
     n_units: int, probe: Probe, sampling_frequency: float, seed: int, snr: tuple[float, float] = (4.0, 15.0), noise_uv: float = 8.0
 ) -> Units:
-    """Draw units of many shapes around the contacts of a probe.
-
-    Trough widths are 0.2-0.6 ms at a tenth of the depth, every fifth unit is triphasic, footprints fall by 1/e over 15-60 um,
-    delays reach 0.2 ms over 100 um.
+    """Draw units of all `KINDS` around the contacts of a probe.
 
     Returns
     -------
@@ -78,71 +97,122 @@ def draw_units(
     rng = np.random.default_rng([seed, 0])
     contact = probe.channel_locations[rng.integers(probe.n_channels, size=n_units)]
     soma = np.column_stack([contact + rng.normal(0, 12.0, (n_units, 2)), rng.uniform(8, 35, n_units)])
-    spread_um = np.array([0.0, 8.0, 12.0])[None, :, None]
-    sigma_ms = log_uniform(rng, 0.2, 0.6, n_units) / np.sqrt(8 * np.log(10))
-    before_ms = np.column_stack([sigma_ms, rng.uniform(0.1, 0.25, n_units), rng.uniform(0.05, 0.12, n_units)])
-    after_ms = np.column_stack([sigma_ms * rng.uniform(0.8, 1.3, n_units), rng.uniform(0.15, 0.45, n_units), before_ms[:, 2]])
-    first_peak = np.where(rng.random(n_units) < 0.2, rng.uniform(0.2, 0.45, n_units), rng.uniform(0.0, 0.12, n_units))
-    angle, slowness = rng.uniform(0, 2 * np.pi, n_units), rng.uniform(0, 0.002, n_units)
-    shapes = Units(
+    shapes = draw_shapes(rng, n_units, sampling_frequency)
+    places = replace(shapes, sources_um=shapes.sources_um + soma[:, None], snr=rng.permutation(np.linspace(*snr, n_units)))
+    return _scaled(places, probe.channel_locations, noise_uv)
+
+
+def draw_shapes(rng: np.random.Generator, n_units: int, sampling_frequency: float) -> Units:
+    """Draw shapes alone: units whose soma is at the origin, with a trough of -1 there, and of SNR 1."""
+    kinds = list(KINDS.values())
+    kind = rng.choice(len(kinds), n_units, p=[kind.share for kind in kinds])
+
+    def draw(field: str, log: bool = False) -> NDArray[np.float64]:
+        low, high = np.array([getattr(kind, field) for kind in kinds])[kind].T
+        part = rng.random(n_units)
+        drawn: NDArray[np.float64] = low * (high / low) ** part if log else low + (high - low) * part
+        return drawn
+
+    sigma_ms = draw("width_ms", log=True) / np.sqrt(8 * np.log(10))
+    early_ms, other_ms = rng.uniform(0.05, 0.12, n_units), np.exp(rng.uniform(np.log(0.06), np.log(0.3), (n_units, 3)))
+    before_ms = np.column_stack([sigma_ms, rng.uniform(0.1, 0.25, n_units), early_ms, other_ms])
+    after_ms = np.column_stack([sigma_ms * rng.uniform(0.8, 1.3, n_units), rng.uniform(0.15, 0.45, n_units), early_ms, other_ms])
+    centre_ms = [np.zeros(n_units), rng.uniform(0.25, 0.8, n_units), -rng.uniform(0.18, 0.35, n_units)]
+    angle = rng.uniform(0, 2 * np.pi, n_units)
+    slowness = rng.random(n_units) * np.array([kinds[k].slowness_ms_per_um for k in kind])
+    reach = np.column_stack([np.ones(n_units), rng.uniform(0.9, 1.4, (n_units, 2)), rng.uniform(0.5, 1.0, (n_units, 3))])
+    spread_um = np.array([0.0, 8.0, 12.0, 30.0, 30.0, 30.0])[None, :, None]
+    return Units(
         sampling_frequency=sampling_frequency,
-        sources_um=soma[:, None] + rng.normal(size=(n_units, 3, 3)) * spread_um,
-        gain_uv=np.column_stack([np.full(n_units, -1.0), rng.uniform(0.08, 0.55, n_units), first_peak]),
-        decay_um=log_uniform(rng, 15.0, 60.0, n_units)[:, None]
-        * np.column_stack([np.ones(n_units), rng.uniform(0.9, 1.4, (n_units, 2))]),
-        centre_ms=np.column_stack([np.zeros(n_units), rng.uniform(0.25, 0.8, n_units), -rng.uniform(0.18, 0.35, n_units)]),
+        sources_um=rng.normal(size=(n_units, 6, 3)) * spread_um,
+        gain_uv=np.column_stack(
+            [np.full(n_units, -1.0), draw("repolarisation"), draw("first_peak"), rng.normal(0.0, 0.15, (n_units, 3))]
+        ),
+        decay_um=draw("decay_um", log=True)[:, None] * reach,
+        centre_ms=np.column_stack([*centre_ms, rng.uniform(-0.4, 0.9, (n_units, 3))]),
         width_ms=np.stack([before_ms, after_ms], axis=2),
         aspect=rng.uniform(0.8, 1.25, n_units),
         slowness_ms_per_um=slowness[:, None] * np.column_stack([np.cos(angle), np.sin(angle)]),
-        snr=rng.permutation(np.linspace(*snr, n_units)),
+        snr=np.ones(n_units),
     )
-    return _scaled(shapes, probe.channel_locations, noise_uv)
 
 
 def _scaled(shapes: Units, contacts: NDArray[np.float64], noise_uv: float) -> Units:
     """Give every unit its depth on its best contact, and its trough there the time 0."""
-    gain_uv, centre_ms = shapes.gain_uv.copy(), shapes.centre_ms.copy()
-    distances = _distances_um(shapes, contacts)
-    nearest = np.argsort(distances[:, 0], axis=1)[:, :N_CANDIDATES]
-    at_nearest = np.take_along_axis(distances, nearest[:, None, :1], axis=2)[..., 0]
-    gain_uv *= np.exp(at_nearest / shapes.decay_um)  # so far shares of the trough at the nearest contact
+    steps = contacts - shapes.sources_um[:, :1, :2]  # (n_units, n_channels, 2)
+    nearest = np.argsort(np.square(steps).sum(-1), axis=1)[:, :N_CANDIDATES]
+    at_nearest = _distances_um(shapes, contacts[nearest], np.zeros(shapes.n_units)).min(axis=-1)
+    gain_uv = shapes.gain_uv * np.exp(at_nearest / shapes.decay_um)  # as drawn they are sizes on the nearest contact
+    centre_ms = shapes.centre_ms.copy()
     fine_ms = np.arange(-0.5, 0.5, 1e-3)
-    for unit in range(shapes.n_units):
-        rough = Units(**{**vars(shapes), "gain_uv": gain_uv})
-        wave = _evaluate(rough, unit, contacts[nearest[unit]], 0.0, fine_ms)
-        row, best = np.unravel_index(np.argmin(wave), wave.shape)
-        gain_uv[unit] *= shapes.snr[unit] * noise_uv / -wave[row, best]
-        centre_ms[unit] -= fine_ms[row]
-    return Units(**{**vars(shapes), "gain_uv": gain_uv, "centre_ms": centre_ms})
+    for k in range(shapes.n_units):
+        rough = take(replace(shapes, gain_uv=gain_uv), slice(k, k + 1))
+        wave = potentials(rough, contacts[nearest[k : k + 1]], np.zeros(1), fine_ms)[0]
+        row, _ = np.unravel_index(np.argmin(wave), wave.shape)
+        gain_uv[k] *= shapes.snr[k] * noise_uv / -wave.min()
+        centre_ms[k] -= fine_ms[row]
+    return replace(shapes, gain_uv=gain_uv, centre_ms=centre_ms)
+
+
+def take(units: Units, which: slice | NDArray[np.intp]) -> Units:
+    """Return some of the units."""
+    table = {key: value[which] for key, value in vars(units).items() if key != "sampling_frequency"}
+    return Units(units.sampling_frequency, **table)
 
 
 def log_uniform(rng: np.random.Generator, low: float, high: float, n: int) -> NDArray[np.float64]:
     return np.exp(rng.uniform(np.log(low), np.log(high), n))
 
 
-def _distances_um(units: Units, contacts: NDArray[np.float64]) -> NDArray[np.float64]:
-    """From every component to every contact, (n_units, 3, n_channels)."""
-    x, y, z = (units.sources_um[..., k, None] for k in range(3))
+def _distances_um(units: Units, contacts: NDArray[np.float64], displacement_um: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From every component to the contacts of its unit, (n_units, 6, n_contacts)."""
     aspect = units.aspect[:, None, None]
-    distances: NDArray[np.float64] = np.sqrt(((contacts[:, 0] - x) * aspect) ** 2 + ((contacts[:, 1] - y) / aspect) ** 2 + z**2)
+    steps = contacts[:, None] - units.sources_um[:, :, None, :2]
+    distances: NDArray[np.float64] = np.sqrt(
+        (steps[..., 0] * aspect) ** 2
+        + ((steps[..., 1] - displacement_um[:, None, None]) / aspect) ** 2
+        + units.sources_um[:, :, 2:] ** 2
+    )
     return distances
 
 
-def _evaluate(
-    units: Units, unit: int, contacts: NDArray[np.float64], displacement_um: float, times_ms: NDArray[np.floating[Any]]
-) -> NDArray[np.float64]:
-    """Compute one unit's potential, (n_times, n_contacts), its sources moved by `displacement_um` along y."""
-    x, y, z = units.sources_um[unit].T[:, :, None]
-    step_x, step_y = contacts[:, 0] - x, contacts[:, 1] - (y + displacement_um)
-    aspect = units.aspect[unit]
-    distance = np.sqrt((step_x * aspect) ** 2 + (step_y / aspect) ** 2 + z**2)
-    amplitude = units.gain_uv[unit, :, None] * np.exp(-distance / units.decay_um[unit, :, None])
-    delay_ms = units.slowness_ms_per_um[unit] @ np.stack([step_x[0], step_y[0]])
-    late_ms = times_ms[None, :, None] - units.centre_ms[unit, :, None, None] - delay_ms
-    before_ms, after_ms = units.width_ms[unit].T[:, :, None, None]
-    shape = np.exp(-0.5 * (late_ms / np.where(late_ms < 0, before_ms, after_ms)) ** 2)
-    potential: NDArray[np.float64] = np.einsum("kc,ktc->tc", amplitude, shape)
-    return potential
+def amplitudes(units: Units, contacts: NDArray[np.float64], displacement_um: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Evaluate the size of each component, (n_units, 6, n_contacts) uV; parameters as for `potentials`."""
+    sizes: NDArray[np.float64] = units.gain_uv[:, :, None] * np.exp(
+        -_distances_um(units, contacts, displacement_um) / units.decay_um[:, :, None]
+    )
+    return sizes
+
+
+def potentials(
+    units: Units, contacts: NDArray[np.float64], displacement_um: NDArray[np.float64], times_ms: NDArray[np.floating[Any]]
+) -> NDArray[np.floating[Any]]:
+    """Evaluate units, each on contacts of its own.
+
+    Parameters
+    ----------
+    units : Units
+    contacts : ndarray, shape (n_units, n_contacts, 2)
+        Where each unit is heard, in um.
+    displacement_um : ndarray, shape (n_units,)
+        How far each unit's sources are moved along y.
+    times_ms : ndarray, shape (n_times,)
+
+    Returns
+    -------
+    potentials : ndarray, shape (n_units, n_times, n_contacts)
+        In uV.
+    """
+    dtype = times_ms.dtype  # float32 is enough for training, and twice as fast
+    steps = contacts - units.sources_um[:, :1, :2]
+    delay_ms = (steps * units.slowness_ms_per_um[:, None]).sum(-1) - displacement_um[:, None] * units.slowness_ms_per_um[:, 1:]
+    sizes = amplitudes(units, contacts, displacement_um).astype(dtype)
+    total = np.zeros((units.n_units, len(times_ms), contacts.shape[1]), dtype)
+    for k in range(sizes.shape[1]):
+        late_ms = times_ms[None, :, None] - (units.centre_ms[:, k, None] + delay_ms).astype(dtype)[:, None]
+        before, after = (0.5**0.5 / units.width_ms[:, k]).astype(dtype).T[:, :, None, None]
+        total += sizes[:, k, None] * np.exp(-np.square(late_ms * np.where(late_ms < 0, before, after)))
+    return total
 
 
 def templates_at(units: Units, probe: Probe, displacement_um: float = 0.0) -> NDArray[np.float32]:
@@ -170,6 +240,7 @@ def sparse_template(
     loudest = np.abs(units.gain_uv[unit]).max()
     channels = np.flatnonzero(distance < 1.5 * units.decay_um[unit].max() * np.log(max(loudest / REACH_UV, 1.0)))
     rows = np.arange(-units.n_before, units.n_after) - shift_samples
-    wave = _evaluate(units, unit, contacts[channels], displacement_um, rows * 1e3 / units.sampling_frequency)
+    one, moved = take(units, slice(unit, unit + 1)), np.array([displacement_um])
+    wave = potentials(one, contacts[None, channels], moved, rows * 1e3 / units.sampling_frequency)[0]
     heard = np.abs(wave).max(axis=0, initial=0.0) >= REACH_UV
     return channels[heard], wave[:, heard].astype(np.float32)

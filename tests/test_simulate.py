@@ -70,9 +70,9 @@ def test_shapes_are_diverse() -> None:
     wave = templates[np.arange(60), :, best] / templates.min(axis=(1, 2))[:, None]
     width_ms = (wave > 0.1).sum(axis=1) / 30
     repolarisation, first_peak = -wave[:, units.n_before :].min(axis=1), -wave[:, : units.n_before].min(axis=1)
-    assert width_ms.min() < 0.3 and 0.45 < width_ms.max() < 0.8
+    assert width_ms.min() < 0.2 and 0.7 < width_ms.max() < 1.2
     assert repolarisation.min() < 0.15 and repolarisation.max() > 0.4
-    assert 0.05 < np.mean(first_peak > 0.15) < 0.4
+    assert 0.2 < np.mean(first_peak > 0.15) < 0.6 and first_peak.max() > 0.6
     n_heard = (templates.min(axis=1) < -10).sum(axis=1)
     assert n_heard.min() <= 6 and n_heard.max() >= 25
 
@@ -83,7 +83,7 @@ def test_delays_are_small_and_present() -> None:
     templates = templates_at(units, probe)
     depth, row = templates.min(axis=1), templates.argmin(axis=1)
     late_ms = np.abs(row - units.n_before)[depth < -20] / 30
-    assert 0.05 < late_ms.max() <= 0.25
+    assert 0.05 < np.quantile(late_ms, 0.9) <= 0.25 and late_ms.max() <= 0.9  # a branch may be deepest late
 
 
 def test_drift_moves_the_footprint_along_the_probe() -> None:

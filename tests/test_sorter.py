@@ -28,7 +28,7 @@ CONFIG = SorterConfig.from_dict(
 @pytest.fixture(scope="module")
 def recording() -> Recording:
     return simulate_recording(
-        SimulationConfig(seconds=6.5, probe_name="tetrode", n_units=4, snr=(8, 16), rates_hz=(15, 40), drift_um=10, seed=3)
+        SimulationConfig(seconds=6.5, probe_name="tetrode", n_units=4, snr=(8, 16), rates_hz=(15, 40), drift_um=10, seed=5)
     )
 
 

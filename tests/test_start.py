@@ -81,7 +81,7 @@ def test_installs_once_and_again_when_the_dependencies_change(checkout: Checkout
 def test_the_tests_add_to_what_the_demo_installed(checkout: Checkout) -> None:
     checkout.prepare("demo")
     *_, package, torch = checkout.prepare("test")
-    assert package.endswith("-e .[dev,report]")
+    assert package.endswith("-e .[dev,offline,report]")
     assert " torch==2.13.0 " in torch and " --python " not in torch
     assert checkout.prepare("check") == checkout.prepare("test") == checkout.prepare("demo") == []
 

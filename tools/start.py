@@ -28,14 +28,14 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "streamsort.json"
 
-EXTRAS = {"demo": ["report"], "test": ["dev", "report"], "check": ["dev", "report"]}
+EXTRAS = {"demo": ["report"], "test": ["dev", "offline", "report"], "check": ["dev", "offline", "report"]}
 STEPS = {
     "demo": [["-m", "streamsort", "demo"]],
     "test": [["-m", "pytest"]],
     "check": [["-m", "ruff", "check", "."], ["-m", "ruff", "format", "--check", "."], ["-m", "mypy"]],
 }
 # A pinned torch: `torch` alone would bring whichever build is newest, with gigabytes of CUDA libraries.
-TRAIN = ["torch==2.13.0", "onnx>=1.17", "onnxscript>=0.5"]
+TRAIN = ["torch==2.13.0", "onnx>=1.17", "onnxscript>=0.5", "scikit-learn>=1.5", "threadpoolctl>=3.5"]
 TRAIN_TIMEOUT_S = 300.0
 
 
