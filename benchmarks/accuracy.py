@@ -73,6 +73,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("recordings", nargs="*", metavar="RECORDING", help="with truth beside; by default two are simulated")
     parser.add_argument("--warmup", type=float, default=1 / 3, metavar="SHARE", help="of the recording for calibration (a third)")
     parser.add_argument("--config", metavar="FILE", help="TOML of the sorter; its warmup_s is not used")
+    parser.add_argument("--encoder", metavar="WHICH", help="auto, full, light or an .onnx (as in the config)")
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="of the encoder (auto)")
     parser.add_argument("--chunk-ms", type=float, default=10.0, help="makes no difference to the result (10)")
     parser.add_argument("--seconds", type=float, default=90.0, help="of the simulated recordings (90)")
@@ -97,7 +98,8 @@ def measure(recording: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Sort one recording and compare it with its truth."""
     true, snr = truth_of(recording)
     config = SorterConfig.from_toml(args.config) if args.config else SorterConfig()
-    config = dataclasses.replace(config, encode=dataclasses.replace(config.encode, provider=args.provider))
+    encode = dataclasses.replace(config.encode, encoder=args.encoder or config.encode.encoder, provider=args.provider)
+    config = dataclasses.replace(config, encode=encode)
     with open_source(str(recording), chunk_ms=args.chunk_ms) as source:
         rate = source.info.sampling_frequency
         seconds = source.n_samples / rate  # type: ignore[attr-defined]

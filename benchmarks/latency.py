@@ -96,6 +96,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup-s", type=float, default=15.0, help="of calibration (15)")
     parser.add_argument("--loop-s", type=float, default=10.0, help="of signal that are simulated and repeated (10)")
     parser.add_argument("--session", action="store_true", help="also record a session, as an experiment would")
+    parser.add_argument("--encoder", default="auto", metavar="WHICH", help="auto, full, light or an .onnx (auto)")
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="auto", help="of the encoder (auto)")
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     for name in ("--role", "--url", "--out"):  # of the other processes
@@ -219,13 +220,13 @@ class Child:
 
 def measure(n_channels: int, chunk_ms: float, transport: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Run the four processes to the end of the recording, and put together what they noted."""
-    published = f"tcp://127.0.0.1:{_free_port()}"
-    stream = f"lsl:streamsort-latency-{os.getpid()}" if transport == "lsl" else f"tcp://127.0.0.1:{_free_port()}"
+    published = f"tcp://127.0.0.1:{free_port()}"
+    stream = f"lsl:streamsort-latency-{os.getpid()}" if transport == "lsl" else f"tcp://127.0.0.1:{free_port()}"
     spikes, lateness = folder / "spikes.npz", folder / "lateness.npy"
     case = ["--channels", str(n_channels), "--chunk-ms", str(chunk_ms), "--warmup-s", str(args.warmup_s)]
     case += ["--seconds", str(args.seconds), "--loop-s", str(args.loop_s)]
     run = ["-m", "streamsort", "run", stream, "--publish", published, "--warmup-s", str(args.warmup_s)]
-    run += ["--provider", args.provider, "--timeout", str(_SILENCE_S), "--json"]
+    run += ["--encoder", args.encoder, "--provider", args.provider, "--timeout", str(_SILENCE_S), "--json"]
     if args.session:
         run += ["--session", str(folder / f"session-{n_channels}-{chunk_ms:g}-{transport}")]
     with contextlib.ExitStack() as stack:
@@ -254,7 +255,7 @@ def measure(n_channels: int, chunk_ms: float, transport: str, args: argparse.Nam
     return result | _usage(sorter, "sorter", result["measured_from"]) | _usage(player, "player", result["measured_from"])
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

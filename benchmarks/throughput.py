@@ -16,7 +16,6 @@ limit.
 """
 
 import argparse
-import dataclasses
 import itertools
 import time
 from collections.abc import Iterator
@@ -27,8 +26,8 @@ from looped import PROBES, Looped, simulation
 from numpy.typing import NDArray
 from report import one_core, publish, spread
 
-from streamsort.config import SorterConfig
-from streamsort.encode import Encoder
+from streamsort.choose import measure_speed
+from streamsort.config import EncodeConfig, SorterConfig
 from streamsort.records import Chunk
 from streamsort.sorter import Sorter
 
@@ -51,7 +50,8 @@ COLUMNS = {
     "encode_us": "encode us",
     "assign_us": "assign us",
     "learn_us": "learn us",
-    "encoder_spikes_per_s": "encoder spikes/s",
+    "encoder": "encoder",
+    "encoder_spikes_per_s": "its spikes/s",
 }
 
 
@@ -59,11 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     args = _parse(arguments)
     with one_core() as core:
-        encoder_rate = encoder_spikes_per_s(args.provider)
-        results = [
-            {**measure(n_channels, chunk_ms, args), "encoder_spikes_per_s": encoder_rate}
-            for n_channels, chunk_ms in itertools.product(args.channels, args.chunk_ms)
-        ]
+        results = [measure(n_channels, chunk_ms, args) for n_channels, chunk_ms in itertools.product(args.channels, args.chunk_ms)]
     publish("throughput on one core", COLUMNS, results, args, core=core)
 
 
@@ -75,6 +71,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5, help="(5)")
     parser.add_argument("--warmup-s", type=float, default=15.0, help="of signal to calibrate on (15)")
     parser.add_argument("--loop-s", type=float, default=5.0, help="of signal that are simulated and repeated (5)")
+    parser.add_argument("--encoder", default="auto", metavar="WHICH", help="auto, full, light or an .onnx (auto)")
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), default="cpu", help="of the encoder (cpu)")
     parser.add_argument("--json", metavar="FILE", help="where to write the results")
     return parser.parse_args(arguments)
@@ -84,8 +81,8 @@ def measure(n_channels: int, chunk_ms: float, args: argparse.Namespace) -> dict[
     """Measure one number of channels at one length of chunks."""
     total_s = args.warmup_s + 1.0 + 2 * args.repeats * args.seconds
     source = Looped(simulation(n_channels, args.loop_s), total_s, chunk_ms=chunk_ms)
-    config = SorterConfig(warmup_s=args.warmup_s)
-    sorter = Sorter(dataclasses.replace(config, encode=dataclasses.replace(config.encode, provider=args.provider)), source.info)
+    config = SorterConfig(warmup_s=args.warmup_s, encode=EncodeConfig(args.encoder, args.provider))
+    sorter = Sorter(config, source.info)
     sorter.warmup()
     chunks = iter(source)
     n_pass = round(args.seconds * 1e3 / chunk_ms)
@@ -102,7 +99,14 @@ def measure(n_channels: int, chunk_ms: float, args: argparse.Namespace) -> dict[
         n_learns = max(round(seconds / config.cluster.period_s), 1)
         repeats.append(_figures(signal, stages, n_peaks, seconds, n_learns) | cpu)
     middle = {key: float(np.median([repeat[key] for repeat in repeats])) for key in repeats[0]}
-    about = {"channels": n_channels, "chunk_ms": chunk_ms, "units": len(sorter.units_table()), "provider": sorter.encoder.provider}
+    about = {
+        "channels": n_channels,
+        "chunk_ms": chunk_ms,
+        "units": len(sorter.units_table()),
+        "encoder": sorter.encoder.name,
+        "provider": sorter.encoder.provider,
+        "encoder_spikes_per_s": measure_speed(sorter.encoder).spikes_per_s,
+    }
     return {**about, **middle, "repeats": repeats}
 
 
@@ -165,22 +169,6 @@ def _figures(
         **{name: 1e6 * float(np.median(values)) if len(values) else 0.0 for name, values in of_stage.items()},
         **{f"{stage}_share": float(stages[:, k].sum() / whole.sum()) for k, stage in enumerate(STAGES)},
     }
-
-
-def encoder_spikes_per_s(provider: str, seconds: float = 1.0) -> float:
-    """Measure the encoder alone, one full batch after the other."""
-    encoder = Encoder(None, provider)  # type: ignore[arg-type]
-    contract = encoder.contract
-    snippets = (
-        np.random.default_rng(0).normal(size=(encoder.batch_size, contract.n_samples, contract.n_neighbors)).astype(np.float32)
-    )
-    noise_level = np.ones((encoder.batch_size, contract.n_neighbors), np.float32)
-    encoder(snippets, noise_level)
-    n_runs, began = 0, time.perf_counter()
-    while time.perf_counter() - began < seconds:
-        encoder(snippets, noise_level)
-        n_runs += 1
-    return n_runs * encoder.batch_size / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamsort {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_demo, _add_run, _add_sort, _add_score, _add_replay, _add_listen, _add_simulate, _add_doctor, _add_train):
+    sorting = (_add_demo, _add_run, _add_sort, _add_score)
+    for add in (*sorting, _add_replay, _add_listen, _add_simulate, _add_doctor, _add_train, _add_refresh):
         add(commands)
     return parser
 
@@ -111,7 +112,11 @@ def _add_sorting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help="TOML with a table per stage, e.g. [detect] detect_threshold = 4.5")
     parser.add_argument("--warmup-s", type=float, metavar="S", help="length of the calibration, before any unit exists (60)")
     parser.add_argument("--seed", type=int, metavar="N", help="of all that is random in calibration (0)")
-    parser.add_argument("--model", metavar="FILE", help="another encoder: an .onnx with its contract .json beside it")
+    parser.add_argument(
+        "--encoder",
+        metavar="WHICH",
+        help="full, light, or an .onnx with its contract .json beside it; auto takes full where it is fast enough (auto)",
+    )
     parser.add_argument("--provider", choices=("auto", "cpu", "cuda"), help="where the encoder runs; cuda never falls back (auto)")
     _add_json(parser)
 
@@ -146,6 +151,12 @@ def _add_run(commands: Any) -> None:
     parser.add_argument("--publish", metavar="URL", help="ZeroMQ address to publish on, e.g. tcp://127.0.0.1:5560")
     parser.add_argument("--lsl", metavar="NAME", help="also publish spikes as the LSL stream NAME")
     parser.add_argument("--session", metavar="DIR", help="new directory to save everything in")
+    parser.add_argument(
+        "--refresh-every",
+        type=_positive,
+        metavar="MIN",
+        help="tune the encoder to the session's units so often, see refresh (never)",
+    )
     parser.add_argument("--seconds", type=_positive, metavar="N", help="stop after so much of the stream")
     parser.add_argument("--timeout", type=_positive, metavar="S", help="give up after so much silence of a live stream (never)")
     parser.add_argument("--speed", type=float, metavar="X", help="multiple of real time, for recordings and simulations (1)")
@@ -158,7 +169,9 @@ def _add_sort(commands: Any) -> None:
         commands,
         "sort",
         "Sort a recording as fast as the machine can, with the units a live run would give. "
-        "The session holds the spikes (numpy.load reads spikes.npy), units, ledger, gaps and templates.",
+        "The session holds the spikes (numpy.load reads spikes.npy), units, ledger, gaps and templates. "
+        "--engine huidurep-gmm is the HuiduRep paper's own pipeline instead, as a reference: offline, it fits a Gaussian mixture "
+        "to the embeddings of the whole recording, pooled on a probe as small as a tetrode, on a larger one channel by channel.",
         "example:\n  streamsort sort recording/ --session out --warmup-s 30\n  streamsort score out truth/\n",
         drains=True,
     )
@@ -167,7 +180,29 @@ def _add_sort(commands: Any) -> None:
     parser.add_argument(
         "--chunk-ms", type=float, default=20.0, metavar="MS", help="length of a chunk, which does not change the result (20)"
     )
+    parser.add_argument("--engine", choices=("streamsort", "huidurep-gmm"), default="streamsort", help="(streamsort)")
+    parser.add_argument(
+        "--units",
+        type=int,
+        metavar="K",
+        help="huidurep-gmm: components of the mixture, on a large probe of each channel's (by BIC)",
+    )
     _add_sorting(parser)
+
+
+def _add_refresh(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "refresh",
+        "Tune the encoder of a session to the units it sees, and offer the result to the run. "
+        "The run takes it over only if it gives the recent spikes the same units, so none changes its id; "
+        "an offer that tells held-out spikes apart less well is not made. Needs `pip install 'streamsort[train]'`.",
+        "example:\n  streamsort refresh monday          beside `streamsort run ... --session monday`\n",
+    )
+    parser.add_argument("session", metavar="SESSION", help="session directory")
+    parser.add_argument("--seconds", type=_positive, default=60.0, metavar="S", help="length of the tuning (60)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of what is held out and drawn (0)")
+    _add_json(parser)
 
 
 def _add_score(commands: Any) -> None:
@@ -255,15 +290,23 @@ def _add_train(commands: Any) -> None:
     parser = _add(
         commands,
         "train",
-        "Train an encoder on simulated spikes and export it for the live sorter. Needs `pip install 'streamsort[train]'`.",
-        "example:\n  streamsort train --out my-encoder --minutes 40\n  streamsort run lsl:ephys --model my-encoder/encoder.onnx\n",
+        "Train an encoder on simulated spikes and export it for the live sorter. Needs `pip install 'streamsort[train]'`. "
+        "The preset is one of those shipped, or a TOML file: the losses, the data, and the network in [network]. "
+        "Under torchrun several processes train together.",
+        "examples:\n  streamsort train small --out my-encoder --minutes 40\n"
+        "  streamsort train light --out my-light --teacher my-encoder/encoder.onnx\n"
+        "  torchrun --nproc-per-node 2 -m streamsort train full --out my-encoder\n"
+        "  streamsort run lsl:ephys --encoder my-encoder/encoder.onnx\n",
     )
+    parser.add_argument("preset", metavar="PRESET", help="full, light, small, or a .toml")
     parser.add_argument("--out", metavar="DIR", required=True, help="for model and checkpoint; training goes on where it stopped")
     parser.add_argument("--name", default="encoder", metavar="NAME", help="of the model (encoder)")
-    parser.add_argument(
-        "--preset", default="small", metavar="NAME", help="small as the shipped one, or paper as HuiduRep's (small)"
-    )
-    parser.add_argument("--minutes", type=float, default=40.0, metavar="M", help="length of the training (40)")
-    parser.add_argument("--steps", type=int, metavar="N", help="length in steps instead")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is drawn (0)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (1)")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=_positive, metavar="M", help="length of the training (the preset's)")
+    length.add_argument("--steps", type=int, metavar="N", help="length in steps instead")
+    parser.add_argument("--seed", type=int, metavar="N", help="of all that is drawn (0)")
+    parser.add_argument("--teacher", metavar="FILE", help="model or checkpoint whose embeddings are to be learnt too (none)")
+    parser.add_argument("--distil", type=_positive, metavar="W", help="weight of the distance from the teacher (1)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto takes a GPU that is there (auto)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), help="auto is bf16 on a GPU, fp32 on a CPU (auto)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of torch, per process (1)")

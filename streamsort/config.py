@@ -10,7 +10,7 @@ import math
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from streamsort.errors import StreamsortError
 
@@ -90,10 +90,14 @@ class SnippetConfig:
 class EncodeConfig:
     """Which encoder, and where it runs."""
 
-    model: str = ""  # path of an .onnx with its contract .json beside it; empty: the one that is shipped
+    # auto: the full encoder where it is fast enough for the stream, else the light one (`choose` holds the rule); full; light; or
+    # the path of an .onnx with its contract .json beside it
+    encoder: str = "auto"
     provider: Literal["auto", "cpu", "cuda"] = "auto"  # cuda: refuse to start when the session does not really run there
 
     def __post_init__(self) -> None:
+        words = "auto, full, light or the path of an .onnx"
+        _require(self.encoder in ("auto", "full", "light") or self.encoder.endswith(".onnx"), "encode.encoder", self.encoder, words)
         _require(self.provider in ("auto", "cpu", "cuda"), "encode.provider", self.provider, "auto, cpu or cuda")
 
 
@@ -129,6 +133,31 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class RefreshConfig:
+    """A new encoder for a running stream: what is remembered to judge it by, and how like the old one it must sort."""
+
+    agreement: float = 0.98  # of the recent spikes that either encoder sorts, so many must get the same unit from both
+    unit_agreement: float = 0.9  # and so many of each unit's, counted likewise: no unit pays for the others
+    # Units must stand at least so many times as far apart as before, in spreads. Well isolated ones keep their names even under
+    # random weights (agreement 0.97 to 0.98 in simulations) but then stand 0.66 to 0.85 times as far apart; with weights moved by
+    # 30 %, 0.95.
+    separation: float = 0.9
+    snippets: int = 64  # remembered per prototype, 2 kB each: a mean of so many is off by an eighth of the spread
+    replay_s: float = 20.0  # the encoders are compared on this much of the stream: a unit of 1 Hz counts
+    replay_spikes: int = 4000  # but on no more peaks, 8 MB: on a big probe the light encoder takes a second for them
+    watch_s: float = 60.0  # after a swap the old encoder is asked for its opinion for so long
+    save_s: float = 10.0  # the remembered snippets are written to the session so often, for the trainer
+
+    def __post_init__(self) -> None:
+        for name in ("agreement", "unit_agreement", "separation"):
+            _require(0 < getattr(self, name) <= 1, f"refresh.{name}", getattr(self, name), "more than 0, at most 1")
+        _require(self.snippets >= 2, "refresh.snippets", self.snippets, "2 or more per prototype")
+        _require(self.replay_spikes >= 1, "refresh.replay_spikes", self.replay_spikes, "1 or more spikes")
+        for name in ("replay_s", "watch_s", "save_s"):
+            _require(getattr(self, name) > 0, f"refresh.{name}", getattr(self, name), "a positive number of seconds")
+
+
+@dataclass(frozen=True)
 class StreamConfig:
     """Threads and queues."""
 
@@ -159,6 +188,7 @@ class SorterConfig:
     snippets: SnippetConfig = field(default_factory=SnippetConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    refresh: RefreshConfig = field(default_factory=RefreshConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
 
     def __post_init__(self) -> None:
@@ -168,7 +198,7 @@ class SorterConfig:
     @classmethod
     def from_dict(cls, table: dict[str, Any]) -> "SorterConfig":
         """Build from nested tables; a key that does not exist is refused with the nearest one that does."""
-        config: SorterConfig = _build(cls, table, "")
+        config: SorterConfig = build(cls, table)
         return config
 
     @classmethod
@@ -180,13 +210,7 @@ class SorterConfig:
         StreamsortError
             If the file is missing, is not TOML, has unknown keys or values out of range.
         """
-        try:
-            table = tomllib.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise StreamsortError(f"config {path}: no such file") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise StreamsortError(f"config {path}: not TOML ({error})") from None
-        return cls.from_dict(table)
+        return cls.from_dict(read_toml(path))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -210,7 +234,30 @@ def _toml(value: Any) -> str:
     return repr(value)
 
 
-def _build(cls: Any, table: Any, prefix: str) -> Any:
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises
+    ------
+    StreamsortError
+        If the file is missing or is not TOML.
+    """
+    try:
+        return tomllib.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise StreamsortError(f"config {path}: no such file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise StreamsortError(f"config {path}: not TOML ({error})") from None
+
+
+def build(cls: Any, table: Any, prefix: str = "") -> Any:
+    """Make the dataclass `cls` from nested tables; `prefix` is where the table stands, as messages name it.
+
+    Raises
+    ------
+    StreamsortError
+        If a key is unknown (the nearest known one is named) or a value has the wrong type.
+    """
     where = prefix.rstrip(".") or "the config"
     if not isinstance(table, dict):
         raise StreamsortError(f"config: {where} = {table!r}, expected a table")
@@ -223,7 +270,7 @@ def _build(cls: Any, table: Any, prefix: str) -> Any:
             raise StreamsortError(f"config: unknown key {prefix}{key}; {hint}")
         kind = hints[key]
         values[key] = (
-            _build(kind, value, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else _convert(kind, value, prefix + key)
+            build(kind, value, f"{prefix}{key}.") if dataclasses.is_dataclass(kind) else _convert(kind, value, prefix + key)
         )
     return cls(**values)
 
@@ -234,6 +281,10 @@ def _convert(kind: Any, value: Any, name: str) -> Any:
         if not math.isfinite(value):
             raise StreamsortError(f"config: {name} = {value!r}, expected a finite number")
         return float(value)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise StreamsortError(f"config: {name} = {value!r}, expected a list")
+        return tuple(_convert(get_args(kind)[0], item, f"{name}[{index}]") for index, item in enumerate(value))
     plain = kind if isinstance(kind, type) else str  # the Literal fields are strings
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise StreamsortError(f"config: {name} = {value!r}, expected {plain.__name__}")

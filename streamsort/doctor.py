@@ -22,9 +22,10 @@ import onnxruntime as ort
 import zmq
 
 from streamsort import __version__
+from streamsort.choose import auto_choice, measure_speed
 from streamsort.commands.terminal import Terminal
 from streamsort.config import SorterConfig
-from streamsort.encode import Encoder
+from streamsort.encode import Encoder, shipped_model
 from streamsort.errors import StreamsortError
 from streamsort.liblsl import load_pylsl
 from streamsort.loopback import keep_lsl_private
@@ -33,7 +34,7 @@ from streamsort.sorter import Sorter
 
 _PACKAGES = ("numpy", "scipy", "numba", "river", "probeinterface", "pyzmq", "pylsl", "rich", "matplotlib", "torch")
 _RATE_HZ, _N_CHANNELS = 30000.0, 32
-_MEASURE_S = 0.5
+_AUTO_CHANNELS = (4, 16, 32, 128, 384)
 _TRANSPORT_S = 10.0
 _TRANSPORT_MS = 10_000
 
@@ -122,18 +123,22 @@ def _providers() -> tuple[bool, str]:
     return "cpu runs" in words, ", ".join(words)
 
 
-def _encoder() -> tuple[bool, str]:
-    encoder = Encoder()
-    n = 64
-    snippets = np.random.default_rng(0).normal(size=(n, encoder.n_before + encoder.n_after, encoder.contract.n_neighbors))
-    noise_level = np.ones((n, encoder.contract.n_neighbors), np.float32)
-    encoder.warmup()
-    n_done, began = 0, time.monotonic()
-    while time.monotonic() - began < _MEASURE_S:
-        encoder(snippets.astype(np.float32), noise_level)
-        n_done += n
-    speed = n_done / (time.monotonic() - began)
-    return speed > 0, f"{encoder.name}, sha256 {encoder.sha256[:12]}, on {encoder.provider}: {speed:.0f} spikes/s"
+def _encoder(which: str) -> tuple[bool, str]:
+    encoder = Encoder(shipped_model(which))
+    speed = measure_speed(encoder)
+    return True, (
+        f"{encoder.name}, sha256 {encoder.sha256[:12]}, on {speed.provider}: {speed.run_ms:.2f} ms for a spike, "
+        f"{speed.spikes_per_s:.0f} spikes/s in batches of {speed.batch_size}"
+    )
+
+
+def _encoder_auto() -> tuple[None, str]:
+    config = SorterConfig()
+    choices = [auto_choice(config.encode.provider, n, config.stream.deadline_ms) for n in _AUTO_CHANNELS]
+    if len({choice.reason for choice in choices}) == 1:
+        return None, f"would take {choices[0].reason}"
+    chosen = [f"{choice.used} for {n}" for choice, n in zip(choices, _AUTO_CHANNELS, strict=True)]
+    return None, f"would take {', '.join(chosen)} channels"
 
 
 def _look_ahead() -> tuple[None, str]:
@@ -196,7 +201,9 @@ _CHECKS: dict[str, Any] = {
     "clock": _clock,
     "compiler": _compiler,
     "providers": _providers,
-    "encoder": _encoder,
+    "encoder full": lambda: _encoder("full"),
+    "encoder light": lambda: _encoder("light"),
+    "encoder auto": _encoder_auto,
     "look-ahead": _look_ahead,
     "liblsl": _liblsl,
     "LSL loopback": _lsl_loopback,

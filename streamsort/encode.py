@@ -12,7 +12,7 @@ import ctypes
 import hashlib
 import io
 import json
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,13 @@ from streamsort.errors import StreamsortError
 
 Provider = Literal["auto", "cpu", "cuda"]
 
-SHIPPED = "huidurep-small.onnx"
+SHIPPED = {"full": "huidurep-full.onnx", "light": "huidurep-light.onnx"}
 NOISE_UNITS = "noise units"
-# Spikes per run. Measured on one core, ms for a single spike and spikes/s of many: 1: 0.21, 4800; 2: 0.35, 5700; 4: 0.63, 6200;
-# 8: 1.18, 6700. A chunk of 1 ms rarely holds more than a few. On a GPU a run costs its launches, not its rows.
-BATCH_SIZE = {"cpu": 2, "cuda": 32}
+# Spikes per run on a CPU, when the contract does not say. Measured on one core, ms for a single spike and spikes/s of many: the
+# full encoder 1: 1.56, 640; 2: 2.9, 690; 8: 11, 710; the light one 1: 0.07, 13500; 4: 0.10, 40000; 8: 0.18, 45000. So the contract
+# of the full one asks for 1, that of the light one for 4: a chunk of 1 ms rarely holds more spikes.
+CPU_BATCH = 2
+CUDA_BATCH = 32  # on a GPU a run costs its launches, not its rows
 # How protobuf writes the key of a tensor whose values are in another file.
 _EXTERNAL_DATA = b"\x0a\x08location\x12"
 _SESSION_NAME = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -41,7 +43,9 @@ class Contract:
     """What a model promises about its graph and expects of its input; the `.json` beside the `.onnx`.
 
     The graph maps `input_name`, (batch, n_samples, n_neighbors) float32 in noise units, to `output_name`, (batch, n_dims) float32.
-    The trough is at row `n_before`; channel 0 is the peak channel, the others follow nearest first.
+    The trough is at row `n_before`; channel 0 is the peak channel, the others follow nearest first. Two keys may be absent:
+    `cpu_batch` is how many spikes a run on a CPU takes, part of the model since the last bits of an embedding depend on it; and
+    `score` is how well it told held-out units apart, from 0 to 1.
     """
 
     name: str
@@ -61,6 +65,8 @@ class Contract:
     freq_max_hz: float
     normalisation: str
     opset: int
+    cpu_batch: int = CPU_BATCH
+    score: float = 0.0
 
     @classmethod
     def read(cls, path: Path) -> "Contract":
@@ -79,7 +85,8 @@ class Contract:
             raise StreamsortError(f"encoder contract {path}: not JSON ({error})") from None
         if not isinstance(table, dict):
             raise StreamsortError(f"encoder contract {path}: {type(table).__name__}, expected an object")
-        contract = cls(**{item.name: _typed(path, table, item.name, item.type) for item in fields(cls)})
+        told = [item for item in fields(cls) if item.name in table or item.default is MISSING]
+        contract = cls(**{item.name: _typed(path, table, item.name, item.type) for item in told})
         contract._check(path)
         return contract
 
@@ -92,6 +99,8 @@ class Contract:
             "n_neighbors": (self.n_neighbors > 0, "1 or more"),
             "n_dims": (self.n_dims > 0, "1 or more"),
             "n_samples": (self.n_samples == window, f"{window}, from ms_before and ms_after"),
+            "cpu_batch": (self.cpu_batch > 0, "1 or more"),
+            "score": (0 <= self.score <= 1, "0 to 1"),
             "n_before": (0 < self.n_before < self.n_samples, f"1 to {self.n_samples - 1}"),
         }
         for key, (holds, words) in expected.items():
@@ -110,13 +119,19 @@ def _typed(path: Path, table: dict[str, Any], key: str, kind: Any) -> Any:
     return value
 
 
-def shipped_model() -> Path:
-    """Find the model that comes with the package: inside an installed wheel, or at the root of a checkout."""
-    package = Path(__file__).parent
-    places = [package / "models" / SHIPPED, package.parent / "models" / SHIPPED]
+def shipped_model(which: str = "light") -> Path:
+    """Find a model that comes with the package, `full` or `light`: inside an installed wheel, or at the root of a checkout.
+
+    Raises
+    ------
+    StreamsortError
+        If it is in neither.
+    """
+    package, name = Path(__file__).parent, SHIPPED[which]
+    places = [package / "models" / name, package.parent / "models" / name]
     found = next((place for place in places if place.exists()), None)
     if found is None:
-        raise StreamsortError(f"encoder {SHIPPED}: not in {places[0].parent} nor {places[1].parent}, expected it with the package")
+        raise StreamsortError(f"encoder {name}: not in {places[0].parent} nor {places[1].parent}, expected it with the package")
     return found
 
 
@@ -126,13 +141,14 @@ class Encoder:
     Parameters
     ----------
     path : Path or str, optional
-        The `.onnx`; its contract is the `.json` of the same name. By default the model that is shipped.
+        The `.onnx`; its contract is the `.json` of the same name. By default the light one of those that are shipped.
     provider : {"auto", "cpu", "cuda"}
         `auto` takes CUDA where it really runs, else the CPU; `cuda` refuses to fall back.
     sampling_frequency : float, optional
         Rate of the stream in Hz, if it is not the model's: snippets are then resampled linearly around the trough.
     batch_size : int, optional
-        Spikes per run of the session; results of different batch sizes differ in the last bits.
+        Spikes per run of the session, by default the contract's `cpu_batch` on a CPU and 32 on CUDA; results of different batch
+        sizes differ in the last bits.
 
     Attributes
     ----------
@@ -169,8 +185,9 @@ class Encoder:
             raise StreamsortError(
                 f"encoder {self.path}: sha256 {digest[:12]}..., expected {self.contract.sha256[:12]}... of its contract"
             )
-        self.provider, self._session = _open(self.path, model, provider, batch_size)
-        self.batch_size = batch_size or BATCH_SIZE[self.provider]
+        batch_sizes = {"cpu": batch_size or self.contract.cpu_batch, "cuda": batch_size or CUDA_BATCH}
+        self.provider, self._session = _open(self.path, model, provider, batch_sizes)
+        self.batch_size = batch_sizes[self.provider]
         _check_graph(self.path, self._session, self.contract, self.batch_size)
         self._resample(sampling_frequency or self.contract.sampling_frequency)
         self._input = np.zeros((self.batch_size, self.contract.n_samples, self.contract.n_neighbors), np.float32)
@@ -234,23 +251,24 @@ class Encoder:
             found = f"snippets {snippets.shape} and noise_level {noise_level.shape}"
             raise StreamsortError(f"encoder: {found}, expected {expected} and {(n, expected[2])}")
         embeddings = np.empty((n, self.contract.n_dims), np.float32)
+        scale = np.zeros((n, 1, expected[2]), np.float32)
+        np.divide(1.0, noise_level[:, None], out=scale, where=noise_level[:, None] > 0)
         for start in range(0, n, self.batch_size):
-            part = slice(start, min(start + self.batch_size, n))
-            rows = part.stop - start
-            self._input[:rows] = self._noise_units(snippets[part], noise_level[part])
+            rows = min(self.batch_size, n - start)
+            part = slice(start, start + rows)
+            np.multiply(self.at_models_rate(snippets[part]), scale[part], out=self._input[:rows])
             self._input[rows:] = 0.0
             (output,) = self._session.run([self.contract.output_name], {self.contract.input_name: self._input})
             embeddings[part] = output[:rows]
         return embeddings
 
-    def _noise_units(self, snippets: NDArray[np.float32], noise_level: NDArray[np.float32]) -> NDArray[np.float32]:
-        if not self._as_is:
-            low = snippets[:, self._low]
-            snippets = low + (snippets[:, self._high] - low) * self._weight
-        scale = np.zeros(noise_level.shape, np.float32)
-        np.divide(1.0, noise_level, out=scale, where=noise_level > 0)
-        scaled: NDArray[np.float32] = snippets * scale[:, None, :]
-        return scaled
+    def at_models_rate(self, snippets: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Resample snippets of the stream to (n, contract.n_samples, n_neighbors); those of the rate of the model stay as they are."""
+        if self._as_is:
+            return snippets
+        low = snippets[:, self._low]
+        resampled: NDArray[np.float32] = low + (snippets[:, self._high] - low) * self._weight
+        return resampled
 
 
 def _model_bytes(path: Path) -> bytes:
@@ -272,28 +290,28 @@ def _cuda_driver() -> bool:
     return False
 
 
-def _open(path: Path, model: bytes, provider: Provider, batch_size: int | None) -> tuple[str, Any]:
+def _open(path: Path, model: bytes, provider: Provider, batch_sizes: dict[str, int]) -> tuple[str, Any]:
     """Make a session on what was asked for and really runs."""
     if provider != "cpu" and _SESSION_NAME["cuda"] in ort.get_available_providers() and _cuda_driver():
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find
             ort.preload_dlls()
-        session = _session(path, model, "cuda", batch_size)
+        session = _session(path, model, "cuda", batch_sizes["cuda"])
         if session.get_providers()[0] == _SESSION_NAME["cuda"]:
             return "cuda", session
     if provider == "cuda":
         raise StreamsortError(
             "encoder provider 'cuda': no session runs on CUDA here, expected a driver and CUDA libraries; or 'cpu'"
         )
-    return "cpu", _session(path, model, "cpu", batch_size)
+    return "cpu", _session(path, model, "cpu", batch_sizes["cpu"])
 
 
-def _session(path: Path, model: bytes, provider: str, batch_size: int | None) -> Any:
+def _session(path: Path, model: bytes, provider: str, batch_size: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1  # two threads are slower than one at this size
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 3
-    options.add_free_dimension_override_by_name("batch", batch_size or BATCH_SIZE[provider])
+    options.add_free_dimension_override_by_name("batch", batch_size)
     chosen: list[Any] = [(_SESSION_NAME["cuda"], _CUDA_OPTIONS)] if provider == "cuda" else []
     try:
         return ort.InferenceSession(model, options, providers=[*chosen, _SESSION_NAME["cpu"]])

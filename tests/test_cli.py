@@ -23,7 +23,7 @@ from streamsort.records import SPIKE_DTYPE
 from streamsort.session import Session
 from streamsort.simulate import SimulationConfig, write_recording
 
-COMMANDS = ("demo", "run", "sort", "score", "replay", "listen", "simulate", "doctor", "train")
+COMMANDS = ("demo", "run", "sort", "score", "replay", "listen", "simulate", "doctor", "train", "refresh")
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
 
@@ -97,6 +97,10 @@ def with_probe(folder: Path) -> list[str | Path]:
     return ["sort", raw(folder, {}), "--session", folder / "out", "--probe", folder / "probe.json"]
 
 
+def with_arguments(*arguments: str) -> Callable[[Path], list[str | Path]]:
+    return lambda folder: ["sort", raw(folder, {}), "--session", folder / "out", *arguments]
+
+
 def with_config(text: str) -> Callable[[Path], list[str | Path]]:
     def arguments(folder: Path) -> list[str | Path]:
         (folder / "config.toml").write_text(text)
@@ -113,7 +117,7 @@ def with_model(changes: dict[str, Any] | None, content: bytes | None = None) -> 
             (folder / "model.onnx").write_bytes(content)
         if changes is not None:
             (folder / "model.json").write_text(json.dumps({**contract, **changes}))
-        return ["sort", raw(folder, {}), "--session", folder / "out", "--model", folder / "model.onnx"]
+        return ["sort", raw(folder, {}), "--session", folder / "out", "--encoder", folder / "model.onnx"]
 
     return arguments
 
@@ -148,6 +152,10 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str | Path]], str]] = {
     "model of another shape": (with_model({"n_dims": 7}), "expected one"),
     "model of another window": (with_model({"ms_after": 2.0}), "n_samples = 48, expected"),
     "no model": (with_model({}, b"not a model"), "sha256"),
+    "encoder of no name": (with_arguments("--encoder", "fast"), "encode.encoder = 'fast', expected auto, full, light or the path"),
+    "missing encoder": (with_arguments("--encoder", "none.onnx"), "none.onnx: no such file"),
+    "units of the stream's engine": (with_arguments("--units", "3"), "finds the number itself"),
+    "no units": (with_arguments("--engine", "huidurep-gmm", "--units", "0"), "units 0, expected 1 or more"),
     "session exists": (existing_session, "exists already"),
     "live stream to sort": (lambda folder: ["sort", "lsl:x", "--session", folder / "out"], "expected a recording"),
     "unknown source": (lambda folder: ["run", "http://localhost"], "unknown kind 'http'"),
@@ -241,7 +249,7 @@ class Hidden(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("No module named 'torch'", name="torch")
 sys.meta_path.insert(0, Hidden())
 from streamsort.cli import main
-sys.exit(main(["train", "--out", "x"]))
+sys.exit(main(["train", "small", "--out", "x"]))
 """
 
 
@@ -281,7 +289,11 @@ def test_a_recording_is_sorted_and_scored(recording: Path, tmp_path: Path, capsy
     manifest = Session(sessions[0]).manifest
     assert manifest["clean"] is True
     assert manifest["config"]["warmup_s"] == 10.0 and manifest["config"]["seed"] == 4
-    assert manifest["model"]["sha256"] == json.loads(shipped_model().with_suffix(".json").read_text())["sha256"]
+    model = manifest["model"]
+    assert model["choice"]["asked"] == "auto" and model["choice"]["used"] in ("full", "light")
+    contract = shipped_model(model["choice"]["used"]).with_suffix(".json")
+    assert model["sha256"] == json.loads(contract.read_text())["sha256"]
+    assert manifest["engine"] == "streamsort"
     assert manifest["model"]["provider"] in ("cpu", "cuda")
     assert manifest["stream"]["n_channels"] == 4 and manifest["stream"]["url"] == str(recording / "recording")
     assert manifest["command"][0] == "streamsort"
@@ -410,7 +422,8 @@ import streamsort.commands.run, streamsort.sources.lsl, streamsort.sources.zmq, 
 import streamsort.client, streamsort.session
 from streamsort.cli import main
 main(["run", "sim:seconds=3,probe=tetrode,units=1", "--speed", "20", "--warmup-s", "2.5", "--publish", "tcp://127.0.0.1:*"])
-print(sorted({"torch", "onnx", "onnxscript", "pandas", "matplotlib", "sklearn", "spikeinterface"} & set(sys.modules)))
+# river loads the top of scikit-learn where it is installed
+print(sorted({"torch", "onnx", "onnxscript", "pandas", "matplotlib", "sklearn.mixture", "spikeinterface"} & set(sys.modules)))
 """
 
 
@@ -425,5 +438,7 @@ def test_the_doctor_finds_this_machine_well(lsl_config: Path) -> None:
     out, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, out + err
     checks = {check["name"]: check for check in json.loads(out)["checks"]}
-    assert checks["LSL loopback"]["ok"] and checks["ZeroMQ loopback"]["ok"] and checks["encoder"]["ok"]
+    assert checks["LSL loopback"]["ok"] and checks["ZeroMQ loopback"]["ok"] and checks["encoder light"]["ok"]
+    assert re.search(r"[\d.]+ ms for a spike, \d+ spikes/s", checks["encoder full"]["text"])
+    assert re.fullmatch(r"would take ((full|light) for 4, .* channels|light: scores .*)", checks["encoder auto"]["text"])
     assert re.search(r"[\d.]+ ms \(\d+ samples", checks["look-ahead"]["text"])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from streamsort.config import PreprocessConfig
-from streamsort.encode import Encoder, shipped_model
+from streamsort.encode import CPU_BATCH, Encoder, shipped_model
 from streamsort.errors import StreamsortError
 
 N_SAMPLES, N_NEIGHBORS, N_DIMS = 48, 11, 32
@@ -28,16 +28,16 @@ def draw(n: int, seed: int = 0, n_samples: int = N_SAMPLES) -> tuple[NDArray[np.
     return snippets.astype(np.float32), rng.uniform(4, 6, (n, N_NEIGHBORS)).astype(np.float32)
 
 
-@pytest.fixture(scope="module")
-def encoder() -> Encoder:
-    encoder = Encoder(provider="cpu")
+@pytest.fixture(scope="module", params=["full", "light"])
+def encoder(request: pytest.FixtureRequest) -> Encoder:
+    encoder = Encoder(shipped_model(request.param), provider="cpu")
     encoder.warmup()
     return encoder
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Copy the shipped model, to be broken."""
+    """Copy a shipped model, to be broken."""
     for source in (shipped_model(), shipped_model().with_suffix(".json")):
         shutil.copy(source, tmp_path)
     return tmp_path / shipped_model().name
@@ -49,7 +49,7 @@ def edit(model: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in table.items() if value is not None}))
 
 
-def test_shipped_model_is_what_the_sorter_is_built_for(encoder: Encoder) -> None:
+def test_shipped_models_are_what_the_sorter_is_built_for(encoder: Encoder) -> None:
     contract, pipeline = encoder.contract, PreprocessConfig()
     assert (contract.n_samples, contract.n_before, contract.n_neighbors, contract.n_dims) == (N_SAMPLES, 18, N_NEIGHBORS, N_DIMS)
     assert (contract.sampling_frequency, contract.freq_min_hz, contract.freq_max_hz) == (
@@ -58,7 +58,15 @@ def test_shipped_model_is_what_the_sorter_is_built_for(encoder: Encoder) -> None
         pipeline.freq_max_hz,
     )
     assert (encoder.n_before, encoder.n_after, encoder.provider) == (18, 30, "cpu")
-    assert shipped_model().stat().st_size < 5_000_000
+    assert encoder.path.stat().st_size < 5_000_000
+
+
+def test_the_contract_says_how_many_spikes_a_run_takes(model: Path) -> None:
+    edit(model, cpu_batch=3)
+    assert Encoder(model, provider="cpu").batch_size == 3
+    edit(model, cpu_batch=None)
+    assert Encoder(model, provider="cpu").batch_size == CPU_BATCH
+    assert Encoder(model, provider="cpu", batch_size=5).batch_size == 5
 
 
 def test_embeddings_are_finite_and_tell_shapes_apart(encoder: Encoder) -> None:
@@ -77,7 +85,7 @@ def test_no_spikes_no_embeddings(encoder: Encoder) -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 4, 8])
 def test_batch_sizes_agree_closely(encoder: Encoder, batch_size: int) -> None:
     snippets, noise = draw(11)
-    other = Encoder(provider="cpu", batch_size=batch_size)
+    other = Encoder(encoder.path, provider="cpu", batch_size=batch_size)
     np.testing.assert_allclose(other(snippets, noise), encoder(snippets, noise), atol=1e-4)
 
 
@@ -120,7 +128,7 @@ def test_input_is_in_noise_units_and_not_written(encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("rate", [20000.0, 24000.0, 25000.0, 32000.0, 50000.0])
 def test_other_rates_are_resampled_around_the_trough(encoder: Encoder, rate: float) -> None:
-    other = Encoder(provider="cpu", sampling_frequency=rate)
+    other = Encoder(encoder.path, provider="cpu", sampling_frequency=rate)
     assert (other.n_before, other.n_after) == (round(0.6e-3 * rate), round(1.0e-3 * rate))
 
     def spike(n_before: int, n_after: int, frequency: float) -> NDArray[np.float32]:
@@ -152,6 +160,8 @@ def test_wrong_shapes_are_named(encoder: Encoder) -> None:
         ({"n_dims": 16}, "outputs .* expected one embeddings float32 \\['batch', 16\\]"),
         ({"n_neighbors": 10}, "inputs .* expected one snippets float32 \\['batch', 48, 10\\]"),
         ({"n_samples": 50}, "n_samples = 50, expected 48"),
+        ({"cpu_batch": 0}, "cpu_batch = 0, expected 1 or more"),
+        ({"cpu_batch": 2.0}, "cpu_batch = 2.0, expected int"),
         ({"n_before": 48}, "n_before = 48, expected 1 to 47"),
         ({"sampling_frequency": 0}, "sampling_frequency = 0.0, expected a positive number"),
         ({"input_name": "spikes"}, "inputs .* expected one spikes"),
@@ -180,7 +190,7 @@ def test_a_missing_or_unreadable_model_is_refused(model: Path, tmp_path: Path) -
     with pytest.raises(StreamsortError, match=r"expected it beside the \.onnx"):
         Encoder(model)
     contract.write_text(kept)
-    assert Encoder(model, provider="cpu").name == "huidurep-small"
+    assert Encoder(model, provider="cpu").name == model.stem
 
 
 def test_the_shipped_model_is_found_in_a_wheel_and_in_a_checkout(

@@ -18,7 +18,7 @@ def config_of(args: argparse.Namespace) -> SorterConfig:
     """Read `--config`, and put over it what was given on the command line."""
     config = SorterConfig.from_toml(args.config) if args.config is not None else SorterConfig()
     given = {key: value for key in ("warmup_s", "seed") if (value := getattr(args, key)) is not None}
-    encode = {key: value for key in ("model", "provider") if (value := getattr(args, key)) is not None}
+    encode = {key: value for key in ("encoder", "provider") if (value := getattr(args, key)) is not None}
     return dataclasses.replace(config, **given, encode=dataclasses.replace(config.encode, **encode))
 
 
@@ -48,6 +48,7 @@ def manifest_of(sorter: Sorter, url: str) -> dict[str, Any]:
             "sha256": encoder.sha256,
             "path": str(encoder.path),
             "provider": encoder.provider,
+            "choice": dataclasses.asdict(sorter.encoder_choice),
         },
         "stream": {"url": url, **_plain(info)},
         "margin_samples": sorter.margin_samples,

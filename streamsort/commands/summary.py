@@ -47,6 +47,7 @@ def figures_of(status: Mapping[str, Any], sorter: Sorter, args: argparse.Namespa
         "latency_ms": status["latency_ms"].get("total", {"n": 0}),
         "stages_ms": status["latency_ms"],
         "encoder": sorter.encoder.name,
+        "encoder_choice": sorter.encoder_choice.reason,
         "provider": sorter.encoder.provider,
         "session": args.session,
     }
@@ -78,6 +79,7 @@ def print_summary(status: Mapping[str, Any], sorter: Sorter, args: argparse.Name
     if figures["outputs_dropped"] or figures["sink_errors"]:
         rows.append(("sinks", f"{figures['outputs_dropped']} outputs dropped, {figures['sink_errors']} errors"))
     rows.append(("encoder", f"{figures['encoder']} on {figures['provider']}"))
+    rows.append(("", figures["encoder_choice"]))
     if args.session is not None:
         rows.append(("session", str(args.session)))
     print_rows(rows)
