@@ -7,6 +7,7 @@ fitted none are kept per channel until they form a compact group; such a group e
 moved here) or opens a new unit. What hugs the threshold becomes a reject prototype, which attracts noise and names nothing.
 """
 
+import copy
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -25,7 +26,7 @@ Ints = NDArray[np.int64]
 
 _RECENT_SPIKES = 64  # remembered per unit, to know its usual rate
 _MOST_ON_CHANNEL = 6  # prototypes of one unit; and of all that is rejected
-_COLUMNS = ("channel", "unit", "n_spikes", "last_sample", "log_weight", "mean", "spread", "template")
+_COLUMNS = ("serial", "channel", "unit", "n_spikes", "last_sample", "log_weight", "mean", "spread", "template")
 _MOVED = 4.0  # so many times the usual difference of templates is forgiven to a unit that fell silent
 
 
@@ -75,8 +76,41 @@ class Newcomer:
     template: Floats
 
 
+@dataclass(frozen=True)
+class Space:
+    """The way from the space that prototypes are in to another encoder's, as found on spikes embedded by both.
+
+    A prototype at whitened `x` goes to `x @ linear + shift` plus its own `offset`, what its own spikes showed the map to miss; one
+    that is not named, being younger than the comparison, goes where the map says. So nothing that was learned meanwhile is lost.
+
+    Attributes
+    ----------
+    whitening : ndarray, shape (n_dims, n_dims), float32
+        Of the other encoder's embeddings.
+    linear : ndarray, shape (n_dims_here, n_dims), float32
+    shift : ndarray, shape (n_dims,), float32
+    serial : ndarray, shape (n_named,), int64
+        Rising serial numbers of the prototypes that the two next are for.
+    offset : ndarray, shape (n_named, n_dims), float32
+    spread : ndarray, shape (n_named,), float32
+        What they have there; the others keep theirs.
+    """
+
+    whitening: Floats
+    linear: Floats
+    shift: Floats
+    serial: Ints
+    offset: Floats
+    spread: Floats
+
+
 class Prototypes:
     """Hold the prototypes and keep them up to date.
+
+    Attributes
+    ----------
+    serial : ndarray, shape (n_prototypes,), int64
+        A number for each prototype that no other one will ever have, unlike its row.
 
     Parameters
     ----------
@@ -117,6 +151,7 @@ class Prototypes:
         self.spread: Floats = calibration.spread.copy()
         self.template: Floats = calibration.template.copy()
         self.last_sample: Ints = np.zeros(len(self.unit), np.int64)
+        self.serial: Ints = np.arange(len(self.unit))
         self._pending: dict[int, list[tuple[int, Floats, Floats]]] = {}
         self._fired: dict[int, deque[int]] = {}
         self._index()
@@ -133,9 +168,13 @@ class Prototypes:
         channel : ndarray, shape (n_peaks,), integer
             Peak channel of each.
         """
-        n, n_dims = embeddings.shape
-        white = np.empty((n, n_dims), np.float32)
+        white = np.empty((len(embeddings), self.whitening.shape[1]), np.float32)
         rotate_rows(embeddings, self.whitening, white)
+        return self.predict_white(white, channel)
+
+    def predict_white(self, white: Floats, channel: NDArray[Any]) -> Assignment:
+        """Do as `predict` does, with embeddings that are whitened already."""
+        n, n_dims = white.shape
         prototype = np.empty(n, np.int64)
         distance, confidence = np.empty(n, np.float32), np.empty(n, np.float32)
         assign_nearest(
@@ -157,18 +196,46 @@ class Prototypes:
         snippets : ndarray, shape (n_peaks, n_snippet_samples, n_neighbors), float32
             In noise units.
         """
-        n_dims = self.mean.shape[1]
-        clear = (assignment.distance < self._config.clear * n_dims) & (assignment.confidence > 0.9)
+        clear = self._near(assignment) & (assignment.confidence > 0.9)
         teacher = np.where(clear, assignment.prototype, UNSORTED)
         follow(assignment.white, snippets, teacher, self._config.slowest, self.n_spikes, self.mean, self.spread, self.template)
         np.maximum.at(self.last_sample, teacher[clear], peaks["sample_index"][clear])
         for unit_id, sample_index in zip(assignment.unit.tolist(), peaks["sample_index"].tolist(), strict=True):
             if unit_id != UNSORTED:
                 self._fired.setdefault(unit_id, deque(maxlen=_RECENT_SPIKES)).append(sample_index)
-        for i in np.flatnonzero(assignment.distance > self._config.strange * n_dims):
+        for i in np.flatnonzero(assignment.distance > self._config.strange * self.mean.shape[1]):
             waiting = self._pending.setdefault(int(peaks["channel"][i]), [])
             waiting.append((int(peaks["sample_index"][i]), assignment.white[i].copy(), snippets[i].copy()))
         self._bound_scale()
+
+    def surely(self, assignment: Assignment) -> Ints:
+        """Return the serial number of the prototype each peak surely belongs to, -1 for none; reject prototypes have theirs too."""
+        sure = self._near(assignment) & ((assignment.confidence > 0.9) | (assignment.unit < 0)) & (assignment.prototype >= 0)
+        return np.where(sure, self.serial[assignment.prototype], -1) if len(self) else assignment.prototype
+
+    def copy(self) -> "Prototypes":
+        """Return the prototypes as they are now; what was not yet made a group, and who fired when, stays behind."""
+        twin = copy.copy(self)
+        for name in _COLUMNS:
+            setattr(twin, name, getattr(self, name).copy())
+        twin._pending, twin._fired = {}, {}
+        twin._index()
+        return twin
+
+    def in_space(self, space: Space) -> "Prototypes":
+        """Return the same prototypes in another encoder's space.
+
+        Strangers are forgotten, not mapped: they lie far from all that the map was found on. A unit that was about to be born, or
+        seen to have moved, shows itself again.
+        """
+        twin = self.copy()
+        row, place = np.nonzero(self.serial[:, None] == space.serial)
+        twin.whitening, twin.mean = space.whitening, self.mean @ space.linear + space.shift
+        twin.mean[row] += space.offset[place]
+        twin.spread[row] = space.spread[place]
+        twin._fired = self._fired
+        twin._index()
+        return twin
 
     def discover(self, oldest_sample: int) -> Iterator[Newcomer]:
         """Look for compact groups among the spikes remembered since `oldest_sample`; the groups found are taken out.
@@ -198,6 +265,7 @@ class Prototypes:
             row = len(self) - 1
         else:
             row = int(rows[np.argmin(self.last_sample[rows])])
+        self.serial[row] = self.serial.max(initial=-1) + 1
         self.channel[row], self.unit[row], self.n_spikes[row] = newcomer.channel, unit_id, newcomer.n_spikes
         self.mean[row], self.spread[row], self.template[row] = newcomer.mean, newcomer.spread, newcomer.template
         self.log_weight[row], self.last_sample[row] = np.log(newcomer.n_spikes), newcomer.last_sample
@@ -231,6 +299,10 @@ class Prototypes:
     def _bound_scale(self) -> None:
         # Echoes are spread wide; as wide a prototype of them would swallow a unit that moves there.
         self._scale = np.clip(self.spread, 0.5, np.where(self.unit < 0, 1.0, 3.0)).astype(np.float32)
+
+    def _near(self, assignment: Assignment) -> NDArray[np.bool_]:
+        near: NDArray[np.bool_] = assignment.distance < self._config.clear * self.mean.shape[1]
+        return near
 
     def _groups(self, channel: int, waiting: list[tuple[int, Floats, Floats]]) -> Iterator[Newcomer]:
         white = np.array([item[1] for item in waiting])

@@ -24,6 +24,10 @@ class DriftWatch:
     def __init__(self) -> None:
         self._distance, self._amplitude = ADWIN(delta=_DELTA), ADWIN(delta=_DELTA)
 
+    def forget_distances(self) -> None:
+        """Start the distances anew: they are measured with another rule from now on."""
+        self._distance = ADWIN(delta=_DELTA)
+
     def update(self, distance: float, amplitude: float) -> str | None:
         """Take one spike's distance and height (noise units) in; say what changed, if anything did."""
         before = self._amplitude.estimation

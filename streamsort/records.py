@@ -137,7 +137,7 @@ class Output:
     """What the sinks receive.
 
     Every spike with `sample_index < through_sample` has been emitted, in this output or before. `units` and `status` are there only
-    when they are due (once a second), else None.
+    when they are due (once a second), else None. `model` is the encoder that named the spikes.
     """
 
     through_sample: int
@@ -147,3 +147,4 @@ class Output:
     units: list[dict[str, Any]] | None = None
     status: dict[str, Any] | None = None
     t_acquired: float = 0.0
+    model: str = ""

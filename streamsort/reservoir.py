@@ -1,17 +1,23 @@
-"""What calibration keeps of the peaks it sees: a bounded, fair sample per channel.
+"""What is kept of the peaks that were seen; all of it bounded, however long or busy the stream is.
 
-Reservoir sampling (Vitter's algorithm R, 1985) with a seeded generator, so the same peaks give the same sample. Memory is bounded
-by the number of channels, not by how long or how busy the calibration is.
+`Reservoir` is for calibration: a fair sample per channel, by reservoir sampling (Vitter's algorithm R, 1985) with a seeded
+generator, so the same peaks give the same sample. `Memory` is for a refresh of the encoder: per prototype the latest snippets that
+were surely its own, from which it is found again in another encoder's space; and all peaks of the last seconds, on which two
+encoders are compared.
 """
 
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsort.config import RefreshConfig
 from streamsort.records import PEAK_DTYPE
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int64]
 Row = tuple[Any, Floats, Floats]
 
 
@@ -59,3 +65,80 @@ class Reservoir:
         snippets = np.array([row[2] for row in rows], np.float32).reshape(len(rows), *self._snippet_shape)
         order = np.lexsort((peaks["channel"], peaks["sample_index"]))
         return peaks[order], embeddings[order], snippets[order]
+
+
+class Member(NamedTuple):
+    """A spike that was surely of its prototype: its whitened embedding, and its snippet in noise units; never written to."""
+
+    sample_index: int
+    white: Floats
+    snippet: Floats
+
+
+class Period(NamedTuple):
+    """All peaks of one learning period, row by row: the unit each was given, its whitened embedding, its snippet (noise units)."""
+
+    peaks: NDArray[Any]
+    unit: Ints
+    white: Floats
+    snippets: Floats
+
+
+class Memory:
+    """Remember the recent past of a stream in one encoder's space; changed at learning boundaries only.
+
+    Parameters
+    ----------
+    config : RefreshConfig
+    sampling_frequency : float
+        In Hz.
+    members : mapping, optional
+        To start from, as `members` gives them.
+    """
+
+    def __init__(
+        self, config: RefreshConfig, sampling_frequency: float, members: Mapping[int, tuple[Member, ...]] | None = None
+    ) -> None:
+        self._capacity, self._most_peaks = config.snippets, config.replay_spikes
+        self._replay_samples = round(config.replay_s * sampling_frequency)
+        self._members = {serial: deque(kept, self._capacity) for serial, kept in (members or {}).items()}
+        self._periods: deque[Period] = deque()
+        self._n_peaks = 0
+
+    def add_period(self, period: Period) -> None:
+        """Take a period's peaks in and drop the oldest; the arrays are kept, not copied."""
+        self._periods.append(period)
+        self._n_peaks += len(period.peaks)
+        oldest = int(period.peaks["sample_index"][-1]) - self._replay_samples
+        while len(self._periods) > 1 and (self._n_peaks > self._most_peaks or self._periods[0].peaks["sample_index"][-1] < oldest):
+            self._n_peaks -= len(self._periods.popleft().peaks)
+
+    def add_members(self, serial: Ints, peaks: NDArray[Any], white: Floats, snippets: Floats, most: int = 1) -> None:
+        """Keep up to `most` peaks of each prototype, evenly over the rows, and forget its oldest.
+
+        One of each learning period is enough and makes a full store reach back over more than a burst. `serial` says for each row
+        which prototype it surely belongs to, -1 for none.
+        """
+        if not len(serial):
+            return
+        order = np.argsort(serial, kind="stable")
+        names, starts = np.unique(serial[order], return_index=True)
+        for name, mine in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
+            n = min(len(mine), most, self._capacity)
+            if name < 0:
+                continue
+            kept = self._members.setdefault(name, deque(maxlen=self._capacity))
+            for i in mine[(np.arange(n) * len(mine) + len(mine) // 2) // n]:
+                kept.append(Member(int(peaks["sample_index"][i]), white[i].copy(), snippets[i].copy()))
+
+    def keep_only(self, serials: Iterable[int]) -> None:
+        """Forget the members of prototypes that are no more."""
+        self._members = {serial: self._members[serial] for serial in serials if serial in self._members}
+
+    def members(self) -> dict[int, tuple[Member, ...]]:
+        """Return the members of each prototype, oldest first, by its serial number."""
+        return {serial: tuple(kept) for serial, kept in self._members.items()}
+
+    def periods(self) -> tuple[Period, ...]:
+        """Return the last periods, oldest first."""
+        return tuple(self._periods)

@@ -7,6 +7,7 @@
     ledger.jsonl    one unit event a line           gaps.jsonl   one breach of continuity a line
     units.json      the latest registry             probe.json   probeinterface
     templates.npz   if the sorter handed any over
+    reservoir.npz   recent snippets of each unit, for a trainer; what it makes of them is looked for in models/
 
 A disk that fails must not stop an experiment: records wait in memory for the next flush, up to a limit, and losses are counted.
 """
@@ -16,7 +17,8 @@ import json
 import os
 import platform
 import uuid
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
@@ -83,6 +85,7 @@ class SessionWriter:
         self._flush_samples = flush_s * sampling_frequency
         self._next_flush = self._flush_samples
         self._through_sample = 0
+        self._model = ""
         self._units: list[dict[str, Any]] | None = None
         self._closed = False
         self._manifest = {
@@ -127,6 +130,7 @@ class SessionWriter:
             self._gaps.append(_json(asdict(gap)) + b"\n", 1)
         self._units = output.units if output.units is not None else self._units
         self._through_sample = max(self._through_sample, output.through_sample)
+        self._model = output.model or self._model
         if output.through_sample >= self._next_flush:
             self._next_flush = output.through_sample + self._flush_samples
             self.flush()
@@ -154,6 +158,10 @@ class SessionWriter:
 
         self._attempt(save)
 
+    def save_reservoir(self, columns: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+        """Write reservoir.npz, replacing an earlier one, from parts of each array. Never raises for the disk."""
+        self._attempt(lambda: _save_parts(self.path / "reservoir.npz", columns))
+
     def close(self) -> None:
         """Write everything and the end into the manifest; a second call does nothing."""
         if self._closed:
@@ -162,6 +170,7 @@ class SessionWriter:
         self.flush()
         counters = {
             "through_sample": self._through_sample,
+            "model": self._model,
             "n_spikes": self._spikes.n_bytes // SPIKE_DTYPE.itemsize,
             "write_errors": self.write_errors,
             "n_lost": self.n_lost + sum(log.n_waiting for log in (self._spikes, self._ledger, self._gaps)),
@@ -322,6 +331,19 @@ def _npy_header(n_records: int) -> bytes:
     text = repr({"descr": np.lib.format.dtype_to_descr(SPIKE_DTYPE), "fortran_order": False, "shape": (n_records,)})
     start = np.lib.format.magic(1, 0) + (HEADER_BYTES - 10).to_bytes(2, "little")
     return start + text.encode("latin1").ljust(HEADER_BYTES - 11) + b"\n"
+
+
+def _save_parts(path: Path, columns: Mapping[str, Sequence[NDArray[Any]]]) -> None:
+    """Do as np.savez does, part by part: it makes the hot path wait while it copies a large array."""
+    partial = path.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w") as archive:
+        for name, parts in columns.items():
+            header = {"descr": np.lib.format.dtype_to_descr(parts[0].dtype), "fortran_order": False}
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array_header_1_0(file, {**header, "shape": (sum(map(len, parts)), *parts[0].shape[1:])})
+                for part in parts:
+                    file.write(np.ascontiguousarray(part).data)
+    os.replace(partial, path)
 
 
 def _json(value: Any, indent: int | None = None) -> bytes:

@@ -14,24 +14,24 @@ last bit.
 """
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.calibrate import calibrate, template_mismatch
-from streamsort.cluster import Assignment, Newcomer, Prototypes
+from streamsort.choose import choose_encoder
 from streamsort.config import SorterConfig
 from streamsort.detect import Detect
 from streamsort.encode import Encoder
 from streamsort.errors import StreamsortError
+from streamsort.learner import Learner
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
-from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, Chunk, Gap, Output, PeakBatch, StreamInfo
-from streamsort.reservoir import Reservoir
+from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Gap, Output, PeakBatch, StreamInfo
+from streamsort.refresh import Snapshot, Verdict
 from streamsort.snippets import Snippets
-from streamsort.units import Registry
 
 Floats = NDArray[np.float32]
 
@@ -68,22 +68,21 @@ class Sorter:
         self.config, self.info = config, info
         self.probe = probe or info.probe or Probe.linear(info.n_channels)
         rate = info.sampling_frequency
-        self.encoder = Encoder(config.encode.model or None, config.encode.provider, sampling_frequency=rate)
+        self.encoder, self.encoder_choice = choose_encoder(
+            config.encode, n_channels=info.n_channels, sampling_frequency=rate, deadline_ms=config.stream.deadline_ms
+        )
         self._preprocess = Preprocess(config.preprocess, info, self.probe)
         self._snippets = Snippets(config.snippets, self.probe, rate)
-        self._check_snippets()
+        self.check(self.encoder)
         self._warn_of_band()
         self._detect = Detect(config.detect, self.probe, rate, self._snippets.n_before, self._snippets.n_after)
-        self.registry = Registry(rate)
-        self.prototypes: Prototypes | None = None
-        snippet_shape = self._snippets.n_before + self._snippets.n_after, config.snippets.n_neighbors
-        self._reservoir = Reservoir(info.n_channels, self.encoder.n_dims, snippet_shape, config.seed)
+        self._learner = Learner(config, self.probe, rate, self._snippets, self.encoder.n_dims)
+        self._offers: deque[tuple[Verdict, Encoder | None]] = deque()
         self._period_samples = max(round(config.cluster.period_s * rate), 1)
         self._warmup_samples = round(config.warmup_s * rate)
         self._next_sample: int | None = None
         self._through_sample = 0
         self._learned_through = 0
-        self._taught: list[tuple[PeakBatch, Assignment, NDArray[Any]]] = []
 
     @property
     def margin_samples(self) -> int:
@@ -91,7 +90,7 @@ class Sorter:
 
     @property
     def calibrated(self) -> bool:
-        return self.prototypes is not None
+        return self._learner.prototypes is not None
 
     @property
     def progress(self) -> float:
@@ -99,20 +98,8 @@ class Sorter:
 
     def warmup(self) -> None:
         """Compile every kernel and run the encoder once, on a scratch copy: the first real chunk pays for nothing."""
-        rng = np.random.default_rng(0)
         self.encoder.warmup()
-        n, n_dims = 64, self.encoder.n_dims
-        peaks = np.zeros(n, PEAK_DTYPE)
-        peaks["sample_index"] = np.arange(n)
-        snippets = rng.normal(size=(n, self._snippets.n_before + self._snippets.n_after, self.config.snippets.n_neighbors)).astype(
-            np.float32
-        )
-        embeddings = rng.normal(size=(n, n_dims)).astype(np.float32)
-        prototypes = self._cluster(
-            peaks, embeddings, snippets, np.full(n, 10.0, np.float32), Registry(self.info.sampling_frequency), 0
-        )
-        prototypes.learn(prototypes.predict(embeddings, peaks["channel"]), peaks, snippets)
-        template_mismatch(snippets[0], snippets[1], self._snippets.neighbors[0], self._snippets.neighbors[0], 0.0)
+        self._learner.warmup(self.encoder.n_dims)
 
     def process(self, chunk: Chunk) -> list[Output]:
         """Take the next chunk through all steps; one output per stretch between learning boundaries."""
@@ -159,13 +146,13 @@ class Sorter:
 
     def assign(self, batch: PeakBatch, embeddings: Floats) -> Output:
         """Name the unit of each peak; nothing is learned."""
-        if batch.start_sample > self._through_sample and self.prototypes is not None:
-            self.prototypes.skip_gap()
-            self.registry.skip_gap(batch.start_sample - self._through_sample)
+        if batch.start_sample > self._through_sample and self._learner.prototypes is not None:
+            self._learner.prototypes.skip_gap()
+            self._learner.registry.skip_gap(batch.start_sample - self._through_sample)
         self._through_sample = batch.through_sample
         through = max(batch.through_sample - self.margin_samples, 0)
         spikes = self._name(batch, embeddings) if len(batch.peaks) else np.zeros(0, SPIKE_DTYPE)
-        return Output(through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired)
+        return Output(through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired, model=self.encoder.name)
 
     def _name(self, batch: PeakBatch, embeddings: Floats) -> NDArray[Any]:
         peaks = batch.peaks
@@ -175,59 +162,92 @@ class Sorter:
         for name in ("channel", "amplitude_uv", "flags"):
             spikes[name] = peaks[name]
         spikes["unit_id"] = UNSORTED
-        if self.prototypes is None:
-            self._reservoir.add(peaks, embeddings, _noise_units(batch.snippets, batch.noise_level))
+        prototypes = self._learner.prototypes
+        if prototypes is None:
+            self._learner.gather(batch, embeddings)
         else:
-            assignment = self.prototypes.predict(embeddings, peaks["channel"])
+            assignment = prototypes.predict(embeddings, peaks["channel"])
             spikes["unit_id"] = assignment.unit
             spikes["confidence"] = assignment.confidence
-            spikes["flags"] |= self.registry.flags(assignment.unit)
-            self._taught.append((batch, assignment, spikes))
+            spikes["flags"] |= self._learner.registry.flags(assignment.unit)
+            self._learner.teach(batch, assignment, spikes)
         return spikes
 
     def learn(self) -> None:
         """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""
         boundary = self._through_sample // self._period_samples * self._period_samples
-        if self.prototypes is None:
+        prototypes = self._learner.prototypes
+        if prototypes is None:
             if self._through_sample >= self._warmup_samples:
-                peaks, embeddings, snippets = self._reservoir.take()
-                heights = np.abs(snippets[:, self._snippets.n_before, 0])
-                self.prototypes = self._cluster(peaks, embeddings, snippets, heights, self.registry, self._through_sample)
+                self._learner.calibrate(self._through_sample)
                 self._learned_through = boundary
         elif boundary > self._learned_through:
-            self._learn_period(self.prototypes, boundary)
+            self._learner.learn(prototypes, boundary)
             self._learned_through = boundary
+            while self._offers:
+                self._decide(*self._offers.popleft(), max(boundary - self.margin_samples, 0))
+
+    def offer(self, verdict: Verdict, encoder: Encoder | None = None) -> None:
+        """Let another encoder take over at the next learning boundary, or a refusal be told then; from any thread.
+
+        The ledger says so in an event `model`. Its `sample_index` is that of the first sample whose spikes the new encoder names:
+        the spikes of the outputs before lie before it, those of the output that carries the event and of all after it do not.
+
+        Parameters
+        ----------
+        verdict : Verdict
+            From a snapshot of this sorter.
+        encoder : Encoder, optional
+            That was accepted; the sorter's own from now on.
+        """
+        self._offers.append((verdict, encoder))
+
+    def snapshot(self) -> Snapshot | None:
+        """Return units and memory as they were at the last learning boundary; None before there are units."""
+        learner = self._learner
+        if learner.prototypes is None:
+            return None
+        copied = learner.prototypes.copy()
+        return Snapshot(self._learned_through, self.encoder, copied, learner.memory.members(), learner.memory.periods())
 
     def take_events(self) -> list[dict[str, Any]]:
         """Hand over the ledger lines that no output has carried yet: those of the last `learn`."""
-        return self.registry.take_events()
+        return self._learner.registry.take_events()
 
     def units_table(self) -> list[dict[str, Any]]:
         """List the units as the `units` topic publishes them."""
-        return self.registry.table(self._through_sample)
+        return self._learner.registry.table(self._through_sample)
 
     def counters(self) -> dict[str, Any]:
         """Say what is in use, for the status."""
         return {
             "encoder": self.encoder.name,
+            "encoder_choice": self.encoder_choice.reason,
             "provider": self.encoder.provider,
             "bad_channels": np.flatnonzero(self._preprocess.bad_channels).tolist(),
-            "n_prototypes": 0 if self.prototypes is None else len(self.prototypes),
+            "n_prototypes": 0 if self._learner.prototypes is None else len(self._learner.prototypes),
         }
 
     def templates(self) -> dict[str, NDArray[Any]]:
         """Return what a report draws: per prototype its unit, channel, size and template (noise units), and the neighbour table."""
-        if self.prototypes is None:
+        p = self._learner.prototypes
+        if p is None:
             return {}
-        p = self.prototypes
         return {"unit": p.unit, "channel": p.channel, "n_spikes": p.n_spikes, "template": p.template, "neighbors": p.neighbors}
 
-    def _check_snippets(self) -> None:
+    def check(self, encoder: Encoder) -> None:
+        """Check that an encoder takes the snippets of this stream.
+
+        Raises
+        ------
+        StreamsortError
+            If it does not.
+        """
         ours = (self._snippets.n_before, self._snippets.n_after, self.config.snippets.n_neighbors)
-        models = (self.encoder.n_before, self.encoder.n_after, self.encoder.contract.n_neighbors)
+        models = (encoder.n_before, encoder.n_after, encoder.contract.n_neighbors)
         if ours != models:
             raise StreamsortError(
-                f"encoder {self.encoder.name}: takes {models} (samples before, samples after, channels), snippets have {ours}; "
+                f"encoder {encoder.name}: takes {models} (samples before, samples after, channels), snippets have {ours}; "
                 "set snippets.ms_before, ms_after and n_neighbors to the model's"
             )
 
@@ -277,67 +297,11 @@ class Sorter:
         channels = self._snippets.neighbors[peaks["channel"]]
         return np.where(channels >= 0, level[channels], np.float32(0))
 
-    def _cluster(
-        self, peaks: NDArray[Any], embeddings: Floats, snippets: Floats, heights: Floats, registry: Registry, sample_index: int
-    ) -> Prototypes:
-        config, neighbors = self.config, self._snippets.neighbors
-        found = calibrate(
-            peaks,
-            embeddings,
-            snippets,
-            neighbors=neighbors,
-            amplitudes=heights,
-            detect_threshold=config.detect.detect_threshold,
-            sampling_frequency=self.info.sampling_frequency,
-            config=config.cluster,
-            seed=config.seed,
+    def _decide(self, verdict: Verdict, encoder: Encoder | None, sample_index: int) -> None:
+        """Let the encoder take over if the verdict says so, and tell it in either case."""
+        if self._learner.prototypes is not None and verdict.space is not None and encoder is not None:
+            self.encoder = encoder
+            self._learner.move(self._learner.prototypes, verdict.space, verdict.members)
+        self._learner.registry.record(
+            "model", sample_index, None, verdict.reason, model=self.encoder.name, sha256=self.encoder.sha256, **verdict.figures()
         )
-        names = [registry.born(sample_index, "calibration") for _ in range(int(found.unit.max(initial=-1)) + 1)]
-        prototypes = Prototypes(found, names, neighbors, config.detect.detect_threshold, config.cluster, config.seed)
-        for name in names:
-            self._place(registry, prototypes, name)
-        return prototypes
-
-    def _place(self, registry: Registry, prototypes: Prototypes, unit_id: int) -> None:
-        """Note where a unit is: its main channel, and the centre of mass of its template's peak-to-peak."""
-        row = prototypes.home(unit_id)
-        unit, channel = registry.units[unit_id], int(prototypes.channel[row])
-        neighbors = prototypes.neighbors[channel]
-        size = np.where(neighbors >= 0, np.ptp(prototypes.template[row], axis=0) ** 2, 0).astype(np.float64)
-        x, y = size @ self.probe.channel_locations[neighbors] / max(float(size.sum()), 1e-9)
-        unit.channel_index, unit.x_um, unit.y_um = channel, float(x), float(y)
-
-    def _learn_period(self, prototypes: Prototypes, boundary: int) -> None:
-        if self._taught:
-            batches, assignments, spikes = zip(*self._taught, strict=True)
-            self._taught = []
-            assignment = Assignment.join(assignments)
-            snippets = np.concatenate([batch.snippets for batch in batches])
-            snippets = _noise_units(snippets, np.concatenate([batch.noise_level for batch in batches]))
-            prototypes.learn(assignment, _joined([batch.peaks for batch in batches]), snippets)
-            heights = np.abs(snippets[:, self._snippets.n_before, 0])
-            self.registry.see(_joined(spikes), heights, assignment.distance, boundary)
-        self.registry.note_silence(boundary)
-        oldest = boundary - round(self.config.cluster.birth_s * self.info.sampling_frequency)
-        for newcomer in prototypes.discover(oldest):
-            self._welcome(prototypes, newcomer, boundary)
-
-    def _welcome(self, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
-        unit_id = newcomer.unit
-        if unit_id == UNSORTED and not prototypes.is_noise(newcomer):
-            unit_id = self.registry.born(boundary, "new cluster")
-        prototypes.add(newcomer, unit_id)
-        if unit_id != UNSORTED:
-            self._place(self.registry, prototypes, unit_id)
-
-
-def _noise_units(snippets: Floats, noise_level: Floats) -> Floats:
-    """Return the snippets over the noise level of each channel; silent where there is none."""
-    level = np.where(noise_level > 0, noise_level, np.float32(np.inf)).astype(np.float32)
-    scaled: Floats = snippets / level[:, None, :]
-    return scaled
-
-
-def _joined(records: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Put record arrays one after the other, read-only; np.concatenate takes 6 us for each, this hardly any time."""
-    return np.frombuffer(b"".join(part.data for part in records), records[0].dtype)

@@ -2,7 +2,7 @@
 
 Chunks of a `Source` go in, each `Output` goes to every sink, and between them are the threads acquire, detect, assign and one
 publisher per sink, each behind a bounded queue. They only move what the `Sorter` computes, so the spikes are those of
-`Sorter.process` called in a loop.
+`Sorter.process` called in a loop. Beside them a thread looks after offers of a new encoder, if there is a session directory.
 
 When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait:
 detection still waits for assignment, but once `queue_s` seconds of chunks are waiting for detection, new ones are dropped, and the
@@ -10,8 +10,6 @@ next one taken carries a `Gap` of kind `overrun`; and a sink that does not keep 
 """
 
 import contextlib
-import gc
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,23 +18,26 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from streamsort.config import StreamConfig
-from streamsort.latency import LatencyHistogram
+from streamsort.latency import LatencyHistogram, low_latency
+from streamsort.offers import Refresher
 from streamsort.publish import Publisher
 from streamsort.queues import ITEM_BYTES, BoundedQueue
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Flag, Gap, Output, PeakBatch
+from streamsort.session import SessionWriter
 from streamsort.sinks import Archive, Sink
 from streamsort.sorter import Sorter
 from streamsort.sources import Source
 
-# With the interpreter's 5 ms a thread that returns from a kernel waits up to that long for its turn beside one that runs Python.
-_SWITCH_INTERVAL_S = 1e-4
 _ENCODE_BYTES = 2 << 20  # about 1000 snippets: past that, waiting for more costs latency and wins no throughput
 _BATCHES_BYTES = 64 << 20
 _SINK_BYTES = 16 << 20  # some 10 s of a busy probe
 _ABORT_S, _JOIN_STEP_S = 2.0, 0.2
 _ARCHIVE_BYTES = 256 << 20  # some minutes: what an archive loses is lost for good
+
+_Outbox = BoundedQueue[Any] | Refresher
 
 
 @dataclass
@@ -64,7 +65,8 @@ class Stream:
     sinks : sequence of Sink
         Each gets every output, on a thread of its own, and is closed by the stream. The latency in the status is the first one's.
     archive : Archive, optional
-        A sink with a much longer queue, such as a `SessionWriter`; it is told when the stream does not end as it should.
+        A sink with a much longer queue; it is told when the stream does not end as it should. With a `SessionWriter` the encoder
+        may be refreshed: offers are looked for in its directory.
     config : StreamConfig, optional
         By default the sorter's.
     on_status : callable, optional
@@ -97,6 +99,8 @@ class Stream:
         self._archive = archive
         if archive is not None:
             self._publishers.append(Publisher(archive, _ARCHIVE_BYTES, self._live))
+        # A session keeps what a trainer needs, and has a place to put what it makes of it.
+        self._refresher = Refresher(sorter, archive) if isinstance(archive, SessionWriter) else None
         self._latency = {stage: LatencyHistogram() for stage in ("acquire", "detect", "assign")}
         if self._publishers:
             self._latency |= {"publish": self._publishers[0].publish_latency, "total": self._publishers[0].total_latency}
@@ -133,10 +137,14 @@ class Stream:
         except BaseException:
             self.abort()
             raise
-        self._restore.enter_context(_low_latency())
+        self._restore.enter_context(low_latency())
         self._add_thread("acquire", self._acquire, None, [self._chunks])
         self._add_thread("detect", self._detect, self._chunks, [self._batches])
-        self._add_thread("assign", self._assign, self._batches, [publisher.queue for publisher in self._publishers])
+        after_assign: list[_Outbox] = [publisher.queue for publisher in self._publishers]
+        if self._refresher is not None:
+            after_assign.append(self._refresher)
+            self._add_thread("refresh", self._refresher.run, None, [])
+        self._add_thread("assign", self._assign, self._batches, after_assign)
         for k, publisher in enumerate(self._publishers):
             self._add_thread(f"publish-{k}-{publisher.name}", publisher.run, publisher.queue, [])
         self._n_running = len(self._threads)
@@ -201,6 +209,7 @@ class Stream:
             **{name: value for name, value in vars(counts).items() if name != "samples_lost"},
             "samples_lost": dict(counts.samples_lost),
             "source": dict(self._source.counters),
+            "refresh": {} if self._refresher is None else self._refresher.status(),
             "outputs_dropped": sum(publisher.n_dropped for publisher in self._publishers),
             "sink_errors": sum(publisher.n_errors for publisher in self._publishers),
             "queues": {"chunks_ms": self._chunks.weight * milliseconds, "batches": len(self._batches)},
@@ -253,9 +262,8 @@ class Stream:
         while (taken := self._batches.take(_ENCODE_BYTES, self._config.status_s)) or not self._batches.ended:
             if not taken:  # the source is silent, which is when its status is wanted most
                 self._say_status()
-                continue
-            embeddings = self._sorter.encode([batch for batch, _ in taken])
-            for (batch, t_detected), rows in zip(taken, embeddings, strict=True):
+                self._serve_refresher()
+            for batch, t_detected, rows in self._encoded(taken):
                 output = self._sorter.assign(batch, rows)
                 now = time.monotonic()
                 self._latency["assign"].add(now - t_detected)
@@ -264,7 +272,23 @@ class Stream:
                     self._attach_status(output, now)
                 self._hand_over(output, now)
                 self._sorter.learn()
+                self._serve_refresher()
         self._conclude()
+
+    def _encoded(self, taken: list[tuple[PeakBatch, float]]) -> Iterator[tuple[PeakBatch, float, NDArray[np.float32]]]:
+        """Encode batches in one go, and those after a swap of the encoder again."""
+        while taken:
+            encoder = self._sorter.encoder
+            embeddings = self._sorter.encode([batch for batch, _ in taken])
+            n_done = 0
+            while n_done < len(taken) and self._sorter.encoder is encoder:
+                yield *taken[n_done], embeddings[n_done]
+                n_done += 1
+            taken = taken[n_done:]
+
+    def _serve_refresher(self) -> None:
+        if self._refresher is not None:
+            self._refresher.serve()
 
     def _conclude(self) -> None:
         """Hand over one more output: what was dropped last, which no chunk could tell of, and the final status."""
@@ -313,13 +337,13 @@ class Stream:
             publisher.hand_over(output, now)
 
     def _add_thread(
-        self, name: str, stage: Callable[[], None], inbox: BoundedQueue[Any] | None, outboxes: Sequence[BoundedQueue[Any]]
+        self, name: str, stage: Callable[[], None], inbox: BoundedQueue[Any] | None, outboxes: Sequence[_Outbox]
     ) -> None:
         # Daemons, so that a sink that hangs cannot keep a process alive that was told twice to end.
         run = threading.Thread(target=self._run, args=(stage, inbox, outboxes), name=f"streamsort-{name}", daemon=True)
         self._threads.append(run)
 
-    def _run(self, stage: Callable[[], None], inbox: BoundedQueue[Any] | None, outboxes: Sequence[BoundedQueue[Any]]) -> None:
+    def _run(self, stage: Callable[[], None], inbox: BoundedQueue[Any] | None, outboxes: Sequence[_Outbox]) -> None:
         """Run a stage to its end; then the stage before it need not wait, and those after it finish what they have."""
         try:
             stage()
@@ -364,20 +388,3 @@ class Stream:
             for thread in self._threads:
                 thread.join()
         self._restore.close()
-
-
-@contextlib.contextmanager
-def _low_latency() -> Iterator[None]:
-    """Switch between threads quickly, and keep the collector from walking what was there before.
-
-    The collector stays on, so cycles are still freed: a full collection took 52 ms with the usual imports, 5 us with them frozen.
-    """
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-        sys.setswitchinterval(interval)

@@ -102,8 +102,8 @@ class Registry:
         self.record("born", sample_index, unit.unit_id, reason, slot=unit.slot)
         return unit.unit_id
 
-    def record(self, event: str, sample_index: int, unit_id: int, reason: str, **more: Any) -> None:
-        """Append one line to the ledger."""
+    def record(self, event: str, sample_index: int, unit_id: int | None, reason: str, **more: Any) -> None:
+        """Append one line to the ledger; what is of no one unit has `unit_id` None."""
         line = {"event": event, "sample_index": sample_index, "unit_id": unit_id, "into": None, "reason": reason}
         self._events.append(line | more)
 
@@ -152,6 +152,11 @@ class Registry:
         for unit in self.units.values():
             unit.last_sample += n_samples
             unit.born_sample += n_samples
+
+    def forget_distances(self) -> None:
+        """Let no alarm compare distances in one encoder's space with those in another's."""
+        for unit in self.units.values():
+            unit.drift.forget_distances()
 
     def flags(self, unit_id: NDArray[Any]) -> NDArray[np.uint16]:
         """Return the flags that units lend their spikes, (n_spikes,) uint16; none for unit -1."""

@@ -42,6 +42,7 @@ class CountingSorter:
     """The interface of `Sorter`: a peak wherever channel 0 is above zero; what it learns at a boundary changes later unit ids."""
 
     config = SorterConfig()
+    encoder = None  # never swapped
     margin_samples = MARGIN
     calibrated = True
     progress = 1.0

@@ -416,6 +416,23 @@ def test_a_subscriber_that_looks_away_counts_what_it_lost() -> None:
     subscription.close()
 
 
+def test_spikes_name_the_encoder_that_named_them() -> None:
+    sink = ZmqSink("tcp://127.0.0.1:*", info=INFO, model="first")
+    subscription = subscribe(sink.endpoint, timeout_s=10.0)
+    messages = subscription.messages("spikes", "status")
+    publish_until_heard(sink, messages)
+    sink.publish(Output(10, spikes_at((1, 2)), model="first"))
+    event = {"event": "model", "sample_index": 10, "unit_id": None, "into": None, "reason": "accepted", "model": "second"}
+    sink.publish(Output(20, spikes_at((11, 2)), ledger=[event], model="second"))
+    refused = {**event, "reason": "refused", "offered": "third"}
+    sink.publish(Output(30, spikes_at((21, 2)), ledger=[refused], model="second"))
+    sink.publish(Output(40, spikes_at((31, 2))))  # of a sorter that does not say
+    named = (message.header["model"] for message in messages if message.topic == "spikes")
+    assert [next(named) for _ in range(4)] == ["first", "second", "second", "first"]
+    sink.close()
+    subscription.close()
+
+
 def publish_until_heard(sink: ZmqSink, messages: Iterator[Any]) -> None:
     """Send status messages until the first one comes through: a subscription takes a moment to reach the publisher."""
     heard = threading.Event()

@@ -4,14 +4,18 @@ import argparse
 import contextlib
 import time
 import uuid
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
+from streamsort.commands.extras import require_training
 from streamsort.commands.options import config_of, is_live, manifest_of, probe_of, warn_of_assumed_probe
+from streamsort.commands.refreshes import Refreshes
 from streamsort.commands.summary import lost_samples, print_summary, spread_words
 from streamsort.commands.terminal import Interrupts, Terminal
 from streamsort.config import SorterConfig
+from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
 from streamsort.records import StreamInfo
 from streamsort.session import SessionWriter
@@ -26,6 +30,7 @@ _STATUS_S = 1.0
 
 def main(args: argparse.Namespace) -> int:
     """Sort live until the source ends, Ctrl-C, or `--seconds`."""
+    _check_refresh(args)
     config, probe = config_of(args), probe_of(args)
     with Terminal() as terminal, contextlib.ExitStack() as stack:
         source = stack.enter_context(_open(args, config, probe, terminal))
@@ -36,15 +41,22 @@ def main(args: argparse.Namespace) -> int:
         writer = _open_session(args, sorter, session)
         stream = Stream(source, sorter, sinks, archive=writer)
         began = time.monotonic()
-        run_stream(stream, sorter, terminal, args.seconds)
+        run_stream(stream, sorter, terminal, args)
         if writer is not None:
             writer.save_templates(sorter.templates())
         print_summary(stream.status(), sorter, args, time.monotonic() - began)
     return 0
 
 
-def run_stream(stream: Stream, sorter: Sorter, terminal: Terminal, seconds: float | None) -> None:
-    """Run to the end, or to Ctrl-C or `seconds` of the stream, after which what was acquired is sorted and published.
+def _check_refresh(args: argparse.Namespace) -> None:
+    if args.refresh_every is not None:
+        if args.session is None:
+            raise StreamsortError("run: --refresh-every without --session, expected one, where the units' spikes are kept")
+        require_training("run --refresh-every")
+
+
+def run_stream(stream: Stream, sorter: Sorter, terminal: Terminal, args: argparse.Namespace) -> None:
+    """Run to the end, or to Ctrl-C or `--seconds` of the stream, after which what was acquired is sorted and published.
 
     Raises
     ------
@@ -56,18 +68,18 @@ def run_stream(stream: Stream, sorter: Sorter, terminal: Terminal, seconds: floa
             with terminal.waiting("warming up"):
                 stream.start()
             terminal.release_warnings()
-            _follow(stream, sorter, terminal, interrupts, seconds)
+            _follow(stream, sorter, terminal, interrupts, args)
             stream.stop()
         except BaseException:
             stream.abort()
             raise
 
 
-def _follow(stream: Stream, sorter: Sorter, terminal: Terminal, interrupts: Interrupts, seconds: float | None) -> None:
+def _follow(stream: Stream, sorter: Sorter, terminal: Terminal, interrupts: Interrupts, args: argparse.Namespace) -> None:
     rate = sorter.info.sampling_frequency
 
     def ends() -> bool:
-        enough = seconds is not None and stream.status()["samples_acquired"] >= seconds * rate
+        enough = args.seconds is not None and stream.status()["samples_acquired"] >= args.seconds * rate
         return enough or interrupts.requested or stream.wait(_POLL_S)
 
     with terminal.bar("calibrating") as show:
@@ -76,13 +88,24 @@ def _follow(stream: Stream, sorter: Sorter, terminal: Terminal, interrupts: Inte
                 return
             show(sorter.progress)
     terminal.say(f"calibrated: {len(sorter.units_table())} units")
-    with terminal.status_line() as show_line:
+    with terminal.status_line() as show_line, _refreshing(args) as refresh:
         before, due = stream.status(), time.monotonic() + _STATUS_S
         while not ends():
+            refresh()
             if time.monotonic() >= due:
                 status = stream.status()
                 show_line(_status_words(status, before, rate))
                 before, due = status, max(due + _STATUS_S, time.monotonic())
+
+
+@contextlib.contextmanager
+def _refreshing(args: argparse.Namespace) -> Iterator[Callable[[], None]]:
+    """Keep refreshes of the encoder going while the function that is yielded is called, if they are asked for."""
+    if args.refresh_every is None:
+        yield lambda: None
+        return
+    with Refreshes(args.session, 60 * args.refresh_every) as refreshes:
+        yield refreshes.poll
 
 
 def _status_words(status: dict[str, Any], before: dict[str, Any], rate: float) -> str:

@@ -40,7 +40,7 @@ def open_sink(url: str, *, info: StreamInfo, session: str | None = None, model: 
     session : str, optional
         Name of the session, sent in every header; a fresh uuid by default.
     model : str
-        Name of the encoder in force; a ledger event `model` changes it.
+        Name of the encoder, for outputs that do not say by which their spikes were named.
     bin_ms : float
         Width of the bins in which spikes are counted.
 

@@ -130,7 +130,7 @@ class ZmqSink:
         if self._socket.closed:
             return
         if len(output.spikes):
-            extra = {"model": self._model, "t_acquired": output.t_acquired}
+            extra = {"model": output.model or self._model, "t_acquired": output.t_acquired}
             self._send("spikes", output.spikes.tobytes(), len(output.spikes), **extra)
         self._bins.learn_slots(output.ledger)
         self._bins.learn_slots(output.units or [])
@@ -138,8 +138,6 @@ class ZmqSink:
             extra = {"start_sample": start_sample, "n_samples": self._bins.bin_samples, "slots": self._bins.slots_version}
             self._send("bins", counts.tobytes(), len(counts), **extra)
         for event in output.ledger:
-            if event.get("event") == "model":
-                self._model = str(event.get("model", self._model))
             self._send("ledger", to_json(event), 1)
         for gap in output.gaps:
             self._send("gaps", to_json({"start_sample": gap.start_sample, "n_samples": gap.n_samples, "kind": gap.kind}), 1)

@@ -1,0 +1,226 @@
+"""Whether a refresh of the encoder in the middle of a live session costs latency, or any unit its id.
+
+    python benchmarks/refresh.py --seconds 300 --json refresh.json
+
+One simulated recording whose sources drift is streamed twice in real time, first without a refresh, then with one. Each time these
+processes run on this machine: a player over ZeroMQ; `streamsort run` with a session, the very command; a subscriber that notes when
+a spike is in its hands; a loop that only sleeps until the next ms and notes how late it wakes up, which is what the machine itself
+adds; and, the second time, the `streamsort refresh` that `--refresh-every` starts, whose offer the run takes over or refuses.
+
+Latency is receipt minus the trough of each spike, from `SETTLE_S` after calibration on; `refreshing` is the part from the start of
+the refresh until the former encoder is let go, and the same part of the stream without one. The ids of a true unit are those that
+`streamsort.score` matches it to in the third of the stream before the swap, and in that after it; in the run without a refresh
+around the same sample.
+"""
+
+import argparse
+import contextlib
+import signal
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from latency import SETTLE_S, Child, free_port
+from numpy.typing import NDArray
+from report import publish, spread
+
+from streamsort.config import RefreshConfig, StreamConfig
+from streamsort.score import score
+from streamsort.session import Session
+from streamsort.simulate import SimulationConfig, truth, units_of, write_recording
+
+COLUMNS = {
+    "refresh": "refresh",
+    "units": "units",
+    "spikes_per_s": "spikes/s",
+    "p50": "p50 ms",
+    "p99": "p99",
+    "p99.9": "p99.9",
+    "max": "max",
+    "refreshing_p50": "refreshing p50",
+    "refreshing_p99": "p99",
+    "p99_ratio": "p99 with / without",
+    "empty_p99": "empty loop p99",
+    "empty_max": "max",
+    "late": "late",
+    "samples_lost": "samples lost",
+    "true_units": "true units",
+    "found": "found",
+    "changed": "changed id",
+    "swap_s": "swap at s",
+    "agreement": "agreement",
+}
+MIN_SNR = 5.0
+_STARTED = 0.4  # of the time after calibration: when the refresh begins, so that there is a third left behind the swap
+_QUIET_S = 1.0
+_SILENCE_S = 30.0
+_LATENCY = str(Path(__file__).with_name("latency.py"))
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Stream twice, print and write."""
+    args = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that children end with us
+    config = SimulationConfig(
+        seconds=args.seconds, probe_name=args.probe, n_units=args.units, snr=(4.0, 15.0), drift_um=args.drift_um, seed=args.seed
+    )
+    with tempfile.TemporaryDirectory(prefix="streamsort-refresh-") as folder:
+        write_recording(config, Path(folder) / "simulation")
+        runs = [stream(Path(folder), args, refreshed) for refreshed in (False, True)]
+        swap = next((run.swap for run in runs if run.swap is not None), None)
+        results = [figures(run, config, args, swap) for run in runs]
+    for result in results:
+        result["p99_ratio"] = _over(result["p99"], results[0]["p99"])
+    publish("a refresh of the encoder in a live session", COLUMNS, results, args)
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Measure what a refresh of the encoder costs a live session.")
+    parser.add_argument("--seconds", type=float, default=300.0, help="of stream, twice (300)")
+    parser.add_argument("--warmup-s", type=float, default=30.0, help="of calibration (30)")
+    parser.add_argument("--probe", default="grid32", help="as in a simulation (grid32)")
+    parser.add_argument("--units", type=int, default=16, help="of the simulation (16)")
+    parser.add_argument("--drift-um", type=float, default=10.0, help="amplitude of a sine of two minutes (10)")
+    parser.add_argument("--seed", type=int, default=0, help="of the simulation (0)")
+    parser.add_argument("--encoder", default="auto", help="auto, full, light or an .onnx (auto)")
+    parser.add_argument("--json", metavar="FILE", help="where to write the results")
+    return parser.parse_args(arguments)
+
+
+def _over(value: float | None, reference: float | None) -> float | None:
+    return None if value is None or not reference else value / reference
+
+
+def _start_s(args: argparse.Namespace) -> float:
+    """When the refresh begins."""
+    return float(args.warmup_s + _STARTED * (args.seconds - args.warmup_s))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one streaming left behind.
+
+    Attributes
+    ----------
+    session : Session
+    sent : int
+        Samples that the player sent.
+    counted : dict
+        The summary of `streamsort run`.
+    spikes : mapping
+        `sample_index` and `latency_s` of each spike that the subscriber received.
+    lateness : ndarray, shape (n, 2), float64
+        When the empty loop woke up, and how late, in s.
+    statuses : list of dict
+    refreshed : bool
+    """
+
+    session: Session
+    sent: int
+    counted: dict[str, Any]
+    spikes: dict[str, NDArray[Any]]
+    lateness: NDArray[np.float64]
+    statuses: list[dict[str, Any]]
+    refreshed: bool
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """What became of offers, from the ledger."""
+        return [event for event in self.session.ledger if event.get("event") == "model"]
+
+    @property
+    def swap(self) -> int | None:
+        """The sample index at which an offered encoder took over first."""
+        return next((event["sample_index"] for event in self.events if event["model"] == event["offered"]), None)
+
+
+def stream(folder: Path, args: argparse.Namespace, refreshed: bool) -> Run:
+    """Run the processes to the end of the recording, and collect what they noted."""
+    source, published = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    kind = "with" if refreshed else "without"
+    session, spikes, lateness = folder / f"session-{kind}", folder / f"spikes-{kind}.npz", folder / f"lateness-{kind}.npy"
+    run = ["-m", "streamsort", "run", source, "--publish", published, "--session", str(session), "--json"]
+    run += ["--warmup-s", str(args.warmup_s), "--encoder", args.encoder, "--timeout", str(_SILENCE_S)]
+    if refreshed:
+        run += ["--refresh-every", str((_start_s(args) - args.warmup_s) / 60)]
+    with contextlib.ExitStack() as stack:
+
+        def start(*command: str) -> Child:
+            child = Child(*command)
+            stack.callback(child.kill)
+            return child
+
+        receiver = start(_LATENCY, "--role", "receive", "--url", published, "--out", str(spikes))
+        receiver.wait_ready()
+        sleeper = start(_LATENCY, "--role", "idle", "--out", str(lateness))
+        sleeper.wait_ready()
+        sorter = start(*run)
+        recording = str(folder / "simulation" / "recording")
+        player = start("-m", "streamsort", "replay", recording, "--to", source, "--timeout", "120", "--json")
+        player.process.wait(args.seconds + 180)
+        sent = player.finish()["samples_sent"]
+        time.sleep(_QUIET_S)
+        counted = sorter.finish(interrupt=True)
+        sleeper.finish()
+        statuses = receiver.finish()["statuses"]
+    with np.load(spikes) as columns:
+        received = dict(columns)
+    return Run(Session(session), sent, counted, received, np.load(lateness), statuses, refreshed)
+
+
+def figures(run: Run, config: SimulationConfig, args: argparse.Namespace, swap: int | None) -> dict[str, Any]:
+    """Sum up a run; `swap` is where units are compared before and after, the middle if there was none."""
+    rate = config.sampling_frequency
+    from_s = args.warmup_s + SETTLE_S
+    at_s, latency_ms = run.spikes["sample_index"] / rate, 1e3 * run.spikes["latency_s"]
+    counts = at_s >= from_s
+    swap_s = config.seconds / 2 if swap is None else swap / rate
+    refreshing = (at_s >= _start_s(args)) & (at_s < swap_s + RefreshConfig.watch_s)
+    began = min(status["time"] - status["samples_acquired"] / rate for status in run.statuses)
+    empty = 1e3 * run.lateness[run.lateness[:, 0] >= began + from_s, 1]
+    took_over = next((event for event in run.events if event["sample_index"] == run.swap), {})
+    return {
+        "refresh": "yes" if run.refreshed else "no",
+        "encoder": run.counted["encoder"],
+        "units": run.counted["n_units"],
+        "spikes_per_s": float(counts.sum() / (config.seconds - from_s)),
+        **spread(latency_ms[counts], (50, 99, 99.9)),
+        **{f"refreshing_{name}": value for name, value in spread(latency_ms[refreshing], (50, 99)).items()},
+        **{f"empty_{name}": value for name, value in spread(empty, (50, 99)).items()},
+        "late": int((latency_ms[counts] > StreamConfig.deadline_ms).sum()),
+        "samples_lost": run.sent - run.counted["samples_acquired"],
+        **_ids(run, config, from_s, swap_s),
+        "swap_s": None if run.swap is None else run.swap / rate,
+        "agreement": took_over.get("agreement"),
+        "agreement_by_unit": took_over.get("agreement_by_unit"),
+        "events": run.events,
+        "offers": {path.stem: path.read_text() for path in sorted((run.session.path / "models").glob("*.json"))},
+        "status": run.statuses[-1].get("refresh") if run.statuses else None,
+    }
+
+
+def _ids(run: Run, config: SimulationConfig, from_s: float, swap_s: float) -> dict[str, Any]:
+    """Match the larger true units with published ones, in a third of the stream before the swap and in one after it."""
+    third = config.seconds / 3
+    spans = (max(swap_s - third, from_s), swap_s), (swap_s, min(swap_s + third, config.seconds))
+    large = np.flatnonzero(units_of(config).snr >= MIN_SNR)
+    ids = []
+    for start, end in spans:
+        found = score(run.session.spikes, truth(config), config.sampling_frequency, from_s=start, to_s=end)
+        ids.append({unit.unit_true: unit.unit_id for unit in found.units})
+    rows = [(int(unit), ids[0].get(unit, -1), ids[1].get(unit, -1)) for unit in large.tolist()]
+    both = [row for row in rows if row[1] >= 0 and row[2] >= 0]
+    return {
+        "true_units": len(rows),
+        "found": len(both),
+        "changed": sum(before != after for _, before, after in both),
+        "ids": [dict(zip(("true", "before", "after"), row, strict=True)) for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    main()
