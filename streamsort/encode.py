@@ -263,7 +263,7 @@ class Encoder:
         return embeddings
 
     def at_models_rate(self, snippets: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Resample snippets of the stream to (n, contract.n_samples, n_neighbors); those of the rate of the model stay as they are."""
+        """Resample snippets of the stream to (n, contract.n_samples, n_neighbors); at its rate they stay as they are."""
         if self._as_is:
             return snippets
         low = snippets[:, self._low]
