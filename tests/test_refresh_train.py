@@ -291,4 +291,4 @@ def test_a_run_refreshes_its_own_encoder(tmp_path: Path, monkeypatch: pytest.Mon
     offers = sorted(path.stem for path in (session / "models").glob("*.json"))
     assert offers and offers[0] == "huidurep-light-r1"
     judged = [event["offered"] for event in Session(session).ledger if event["event"] == "model"]
-    assert judged[: len(offers) - 1] == offers[: len(judged)]  # the last one may have come too late
+    assert judged == offers[: len(judged)] and len(judged) >= len(offers) - 1  # the last one may have come too late

@@ -241,8 +241,9 @@ def predicate(url: str) -> str:
 def _resolve(pylsl: ModuleType, url: str, wanted: str, timeout_s: float) -> Any:
     deadline = time.monotonic() + timeout_s
     found: list[Any] = []
-    while not found and (left_s := deadline - time.monotonic()) > 0:  # in slices: Ctrl-C is not heard inside the library
-        found = pylsl.resolve_bypred(wanted, 1, min(left_s, 0.5))
+    # In slices, since Ctrl-C is not heard inside the library; longer than the 0.5 s after which it asks a second time.
+    while not found and (left_s := deadline - time.monotonic()) > 0:
+        found = pylsl.resolve_bypred(wanted, 1, min(left_s, 1.0))
     if not found:
         there = [
             f"{s.name()} ({s.type()}, {s.channel_count()} channels, {s.nominal_srate():g} Hz)" for s in pylsl.resolve_streams(1.0)
