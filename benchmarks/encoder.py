@@ -336,7 +336,7 @@ def plot(rows: Sequence[Row], names: Sequence[str], path: Path) -> None:
         panel.set_ylabel("ARI of ten units")
         panel.set_ylim(0, 1.02)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names))
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
 
 
 if __name__ == "__main__":
