@@ -146,7 +146,7 @@ class RefreshConfig:
     replay_s: float = 20.0  # the encoders are compared on this much of the stream: a unit of 1 Hz counts
     replay_spikes: int = 4000  # but on no more peaks, 8 MB: on a big probe the light encoder takes a second for them
     watch_s: float = 60.0  # after a swap the old encoder is asked for its opinion for so long
-    # The remembered snippets are written for the trainer so often. While they are, spikes wait: every 10 s gave p99 12 ms, this 6 ms.
+    # The remembered snippets are written for the trainer so often. Meanwhile spikes wait: every 10 s gave p99 12 ms, this 6 ms.
     save_s: float = 60.0
 
     def __post_init__(self) -> None:
