@@ -101,7 +101,7 @@ def calibrate(
     channel = peaks["channel"].astype(np.int64)
     groups = [members for members in _by_channel(channel) if len(members) >= config.min_members]
     fine = _number(len(peaks), groups, [_kmeans(embeddings[g], len(g) // 30, rng) for g in groups])
-    whitening = whitening_of(embeddings, fine)
+    whitening = _whitening(embeddings, fine)
     white = embeddings @ whitening
     parts = [split_by_valleys(white[g], config, rng) for g in groups]
     cluster = _drop_small(_number(len(peaks), groups, parts), config.min_members)
@@ -179,8 +179,8 @@ def _kmeans(x: Floats, n_clusters: int, rng: np.random.Generator, n_iterations: 
     return np.unique(label, return_inverse=True)[1].astype(np.int64)
 
 
-def whitening_of(embeddings: Floats, cluster: Ints) -> Floats:
-    """Return the inverse square root of the pooled within-cluster covariance, a little of the identity added; cluster -1 is out."""
+def _whitening(embeddings: Floats, cluster: Ints) -> Floats:
+    """Inverse square root of the pooled within-cluster covariance, a little of the identity added."""
     n_dims = embeddings.shape[1]
     scatter, n = np.zeros((n_dims, n_dims)), 0
     for k in range(int(cluster.max(initial=-1)) + 1):

@@ -4,7 +4,6 @@ Every figure comes from the contract, the history and the network itself, so a c
 where the curve of a training that was cut short stood.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,13 +55,11 @@ def trend(history: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[floa
     return float(start), float(start + slope * (steps[-1] - steps[0]))
 
 
-def write_card(path: Path, contract: dict[str, Any], encoder: AnyEncoder, history: Sequence[dict[str, Any]]) -> None:
-    """Write the card of a model as Markdown; the old card or the new one is there, never half.
+def card_text(contract: dict[str, Any], encoder: AnyEncoder, history: Sequence[dict[str, Any]]) -> str:
+    """Write the card of a model as Markdown.
 
     Parameters
     ----------
-    path : Path
-        Where to write.
     contract : dict
         As written beside the model, with `training` and `validation`.
     encoder : AnyEncoder
@@ -71,10 +68,7 @@ def write_card(path: Path, contract: dict[str, Any], encoder: AnyEncoder, histor
         Records of the run.
     """
     parts = (f"# {contract['name']}", _facts(contract, encoder), _training(contract["training"]), _curve(history))
-    text = "\n\n".join((*parts, _scores(contract["validation"]), f"**Limits.** {_LIMITS}")) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    return "\n\n".join((*parts, _scores(contract["validation"]), f"**Limits.** {_LIMITS}")) + "\n"
 
 
 def _facts(contract: dict[str, Any], encoder: AnyEncoder) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from streamsort.encode import NOISE_UNITS, Contract
 from streamsort.errors import StreamsortError
-from streamsort.train.card import write_card
+from streamsort.train.card import card_text
 from streamsort.train.data import FREQ_MAX_HZ, FREQ_MIN_HZ, N_BEFORE, SAMPLING_FREQUENCY
 from streamsort.train.networks import AnyEncoder, from_table, make_encoder
 from streamsort.train.run import CHECKPOINT, read_checkpoint
@@ -174,7 +174,7 @@ def export(checkpoint: Path, model: Path, version: str = "1") -> dict[str, Any]:
     score = round(float(np.mean([value for name, value in scores["encoder"].items() if name.startswith("knn")])), 4)
     contract = write_model(encoder, model, training, version=version, score=score, validation=scores)
     history = read_checkpoint(checkpoint / CHECKPOINT if checkpoint.is_dir() else checkpoint).get("history", [])
-    write_card(model.with_suffix(".md"), contract, encoder, history)
+    _replace(model.with_suffix(".md"), card_text(contract, encoder, history).encode())
     return contract
 
 
