@@ -25,7 +25,6 @@ import itertools
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -60,10 +59,9 @@ from streamsort.errors import StreamsortError
 
 try:
     from matplotlib.figure import Figure
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.metrics import adjusted_rand_score
-    from sklearn.mixture import GaussianMixture
     from threadpoolctl import threadpool_limits
+
+    from streamsort.train.scores import knn_accuracy, mixture_ari
 except ImportError as error:
     sys.exit(f"benchmarks/encoder.py: {error.name} is not installed, expected it: pip install 'streamsort[offline,report]'")
 
@@ -194,7 +192,7 @@ def judge(described: Features, unit: NDArray[np.int64], n_draws: int, n_spikes: 
         for seed, (name, (values, n_components)) in itertools.product(range(n_draws), described.items()):
             spikes = draw(unit, n_spikes, np.random.default_rng(seed))
             own = components(values[spikes], n_components) if n_components else values[spikes]
-            drawn[name].append((mixture_ari(own, unit[spikes], seed), knn_accuracy(own, unit[spikes])))
+            drawn[name].append((mixture_ari(own, unit[spikes], seed), knn_accuracy(own, unit[spikes], K_NEAREST)))
     scores: Scores = {}
     for name, pairs in drawn.items():
         mean, error = np.mean(pairs, axis=0), np.std(pairs, axis=0) / np.sqrt(len(pairs))
@@ -217,24 +215,6 @@ def components(values: Floats, n: int) -> Floats:
     _, vectors = eigh(values.T @ values, subset_by_index=[max(size - n, 0), size - 1])
     projected: Floats = values @ vectors
     return projected
-
-
-def mixture_ari(values: Floats, labels: NDArray[np.int64], seed: int) -> float:
-    """Fit a mixture with the true number of units, with the settings of the paper's code, and compare."""
-    mixture = GaussianMixture(len(np.unique(labels)), covariance_type="full", max_iter=100, tol=1e-4, n_init=1, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return float(adjusted_rand_score(labels, mixture.fit_predict(values.astype(np.float64))))
-
-
-def knn_accuracy(values: Floats, labels: NDArray[np.int64]) -> float:
-    """Return the share of spikes whose nearest others are mostly of their own unit."""
-    squares = np.square(values).sum(axis=1)
-    distances = squares[:, None] + squares - 2 * values @ values.T
-    np.fill_diagonal(distances, np.inf)
-    nearest = labels[np.argpartition(distances, K_NEAREST, axis=1)[:, :K_NEAREST]]
-    votes = (nearest[:, :, None] == np.unique(labels)).sum(axis=1)
-    return float((np.unique(labels)[votes.argmax(axis=1)] == labels).mean())
 
 
 def look_ahead_rows(made: Sequence[World], model: Model, trained: Sequence[Model], args: argparse.Namespace) -> list[Row]:

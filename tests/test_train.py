@@ -26,7 +26,8 @@ from streamsort.train.networks.light import LightConfig  # noqa: E402
 from streamsort.train.networks.moco import HeadConfig, MoCo  # noqa: E402
 from streamsort.train.parallel import World  # noqa: E402
 from streamsort.train.run import CHECKPOINT, HISTORY, Run, read_checkpoint  # noqa: E402
-from streamsort.train.validate import Validation, centroid_accuracy, knn_accuracy, mixture_ari  # noqa: E402
+from streamsort.train.scores import knn_accuracy, mixture_ari  # noqa: E402
+from streamsort.train.validate import Validation, centroid_accuracy  # noqa: E402
 
 pytestmark = pytest.mark.timeout(120)
 

@@ -8,37 +8,24 @@ sorter would, which flatters them.
 """
 
 import functools
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import eigh
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import adjusted_rand_score
-from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from torch import nn
 
 from streamsort.train.augment import Draw
 from streamsort.train.data import N_SAMPLES, Floats, make_bank
+from streamsort.train.scores import knn_accuracy, mixture_ari
 
 N_UNITS, N_SPIKES = 8, 80
 SEED = (2**31, 0)  # never the seed of a training bank
 DRIFT_UM = 20.0
 N_PLACES = 4  # that the spikes of the set `drift` come from
 SETS = {"clean": (0.0, 1), "collisions": (0.3, 1), "drift": (0.0, N_PLACES)}  # share of collisions, and places of a unit
-
-
-def knn_accuracy(features: NDArray[np.float64], units: NDArray[np.int64], k: int = 10) -> float:
-    """Return the share of spikes whose `k` nearest others are mostly of their own unit."""
-    squares = np.square(features).sum(1)
-    distances = squares[:, None] + squares - 2 * features @ features.T
-    np.fill_diagonal(distances, np.inf)
-    nearest = units[np.argpartition(distances, k, axis=1)[:, :k]]
-    votes = (nearest[:, :, None] == np.arange(units.max() + 1)).sum(axis=1)
-    return float((votes.argmax(axis=1) == units).mean())
 
 
 def centroid_accuracy(features: NDArray[np.float64], units: NDArray[np.int64], whiten: bool) -> float:
@@ -53,14 +40,6 @@ def centroid_accuracy(features: NDArray[np.float64], units: NDArray[np.int64], w
         test, means = test @ root, means @ root
     distances = np.square(test[:, None] - means).sum(axis=-1)
     return float((distances.argmin(axis=1) == units[~learn]).mean())
-
-
-def mixture_ari(features: NDArray[np.float64], units: NDArray[np.int64]) -> float:
-    """Return the adjusted Rand index between the units and a Gaussian mixture of as many components, fitted to these features."""
-    mixture = GaussianMixture(int(units.max()) + 1, covariance_type="full", tol=1e-4, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return float(adjusted_rand_score(units, mixture.fit_predict(features)))
 
 
 def components(snippets: Floats, n: int) -> NDArray[np.float64]:
