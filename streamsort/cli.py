@@ -256,9 +256,10 @@ def _add_simulate(commands: Any) -> None:
         commands,
         "simulate",
         "Write a recording whose truth is known, as folders SpikeInterface loads: OUT/recording and OUT/truth.",
-        "example:\n  streamsort simulate sim1 --seconds 120 --probe grid32 --units 20 --drift-um 10\n",
+        "examples:\n  streamsort simulate easy --seconds 120 --probe grid32 --units 20\n"
+        "  streamsort simulate hard --probe neuropixels64 --half-um 15 25 --drift-um 20 --pairs 0.1 --far-units 200\n",
     )
-    probes = ("grid32", "linear32", "tetrode", "single", "neuropixels128", "neuropixels384")
+    probes = ("grid32", "linear32", "tetrode", "single", "neuropixels64", "neuropixels128", "neuropixels384")
     parser.add_argument("out", metavar="OUT", help="new or empty folder")
     parser.add_argument("--seconds", type=float, metavar="S", help="length (60)")
     parser.add_argument("--probe", dest="probe_name", choices=probes, help="(grid32)")
@@ -267,11 +268,29 @@ def _add_simulate(commands: Any) -> None:
     parser.add_argument("--snr", type=float, nargs=2, metavar=("LOW", "HIGH"), help="trough over noise, broad-band (4 15)")
     parser.add_argument("--rates-hz", type=float, nargs=2, metavar=("LOW", "HIGH"), help="firing rates (1 12)")
     parser.add_argument("--noise-uv", type=float, metavar="UV", help="rms of the noise (8)")
+    parser.add_argument(
+        "--half-um",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="distance at which a trough halves; 15 25 is sharp (20 to 55)",
+    )
     parser.add_argument("--lfp-uv", type=float, metavar="UV", help="rms of a slow potential (0)")
+    parser.add_argument("--far-units", type=int, metavar="N", help="neurons too distant to be told apart, not in the truth (0)")
+    parser.add_argument("--artifacts-hz", type=float, metavar="HZ", help="rate of large events on all contacts or one (0)")
     parser.add_argument("--drift-um", type=float, metavar="UM", help="the sources move by up to this, both ways (0)")
     parser.add_argument("--drift-kind", choices=("sine", "zigzag", "step"), help="(sine)")
-    parser.add_argument("--drift-period-s", type=float, metavar="S", help="(120)")
+    parser.add_argument("--drift-period-s", type=float, metavar="S", help="a step comes after half of it (120)")
+    parser.add_argument("--drift-gradient", type=float, metavar="G", help="0 rigid, 1 the foot of the probe stands still (0)")
     parser.add_argument("--bursting", type=float, metavar="SHARE", help="of units that fire in bursts, 0 to 1 (0)")
+    parser.add_argument("--pairs", type=float, metavar="SHARE", help="of spikes within 0.5 ms of a neighbouring unit's, 0 to 1 (0)")
+    parser.add_argument(
+        "--pauses",
+        type=float,
+        nargs=3,
+        metavar=("SHARE", "FROM", "TO"),
+        help="share of units silent from one second to another (0)",
+    )
 
 
 def _add_doctor(commands: Any) -> None:

@@ -1,13 +1,31 @@
-"""Per-unit alarms: what a unit looks like changed faster than its prototype could follow.
+"""Per-unit alarms: what a unit looks like changed at once, and not as slowly as its template follows.
 
 ADWIN (Bifet & Gavalda 2007, from river) watches two numbers of every spike: its distance to the unit's own prototype and its
 height. It keeps a window that shrinks when its two halves differ, costs half a microsecond a spike and runs at learning boundaries
 only.
 """
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 from river.drift import ADWIN
 
 _DELTA = 1e-4  # chance of a false alarm per look; a hundred units for an hour should raise none
+
+
+class Alarm(NamedTuple):
+    """What changed, from which mean to which: `amplitude` in noise units, or `distance` to the prototype."""
+
+    what: str
+    before: float
+    after: float
+
+    @property
+    def reason(self) -> str:
+        """Say it in words, as the ledger does."""
+        if self.what == "distance":
+            return "distance to its prototype changed"
+        return "amplitude fell" if self.after < self.before else "amplitude rose"
 
 
 class DriftWatch:
@@ -16,8 +34,8 @@ class DriftWatch:
     Examples
     --------
     >>> watch = DriftWatch()
-    >>> alarms = [watch.update(32.0, 8.0 if k < 500 else 5.0) for k in range(1000)]
-    >>> [alarm for alarm in alarms if alarm][0]
+    >>> watch.update([32.0] * 500, [8.0] * 500)
+    >>> watch.update([32.0] * 200, [5.0] * 200).reason
     'amplitude fell'
     """
 
@@ -28,11 +46,15 @@ class DriftWatch:
         """Start the distances anew: they are measured with another rule from now on."""
         self._distance = ADWIN(delta=_DELTA)
 
-    def update(self, distance: float, amplitude: float) -> str | None:
-        """Take one spike's distance and height (noise units) in; say what changed, if anything did."""
-        before = self._amplitude.estimation
-        self._distance.update(distance)
-        self._amplitude.update(amplitude)
-        if self._amplitude.drift_detected:
-            return "amplitude fell" if self._amplitude.estimation < before else "amplitude rose"
-        return "distance to its prototype changed" if self._distance.drift_detected else None
+    def update(self, distances: Iterable[float], amplitudes: Iterable[float]) -> Alarm | None:
+        """Take some spikes' distances and heights (noise units) in; say what changed, if anything did. Distances weigh more."""
+        far, high = _watch("distance", self._distance, distances), _watch("amplitude", self._amplitude, amplitudes)
+        return far or high
+
+
+def _watch(what: str, window: ADWIN, values: Iterable[float]) -> Alarm | None:
+    before, alarmed = window.estimation, False
+    for value in values:
+        window.update(value)
+        alarmed = alarmed or window.drift_detected
+    return Alarm(what, before, window.estimation) if alarmed else None

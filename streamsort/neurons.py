@@ -17,6 +17,8 @@ from streamsort.probe import Probe
 MS_BEFORE, MS_AFTER = 1.0, 2.5  # a template's extent around its trough
 REACH_UV = 0.2  # a contact on which a unit has less than one bit does not get its spikes
 N_CANDIDATES = 12  # contacts nearest to a trough's source; the deepest trough is on one of them
+EDGE_UM = 8.0  # a sharp unit lies so far inside the outermost contacts, or so near the middle of a narrow probe
+FAR_SNR, FAR_DEPTH_UM, FAR_MARGIN_UM = (0.5, 1.9), (60.0, 140.0), 40.0  # of distant neurons, around the probe
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,28 @@ KINDS = {
 
 
 def draw_units(
-    n_units: int, probe: Probe, sampling_frequency: float, seed: int, snr: tuple[float, float] = (4.0, 15.0), noise_uv: float = 8.0
+    n_units: int,
+    probe: Probe,
+    sampling_frequency: float,
+    seed: int,
+    snr: tuple[float, float] = (4.0, 15.0),
+    noise_uv: float = 8.0,
+    half_um: tuple[float, float] | None = None,
 ) -> Units:
     """Draw units of all `KINDS` around the contacts of a probe.
+
+    Parameters
+    ----------
+    n_units : int
+    probe : Probe
+    sampling_frequency : float
+    seed : int
+    snr : tuple of float
+        Units are spread evenly over this range.
+    noise_uv : float
+    half_um : tuple of float, optional
+        Units are shrunk as a whole until their trough halves at a distance drawn from this range, and lie over the probe, so that
+        drift does not take them out of sight. By default most halve within 20 to 55 um and some lie beside the probe.
 
     Returns
     -------
@@ -95,11 +116,39 @@ def draw_units(
         The trough of every unit on its best contact is `snr * noise_uv` deep and lies at row `n_before` of its template.
     """
     rng = np.random.default_rng([seed, 0])
-    contact = probe.channel_locations[rng.integers(probe.n_channels, size=n_units)]
+    contacts = probe.channel_locations
+    contact = contacts[rng.integers(probe.n_channels, size=n_units)]
     soma = np.column_stack([contact + rng.normal(0, 12.0, (n_units, 2)), rng.uniform(8, 35, n_units)])
     shapes = draw_shapes(rng, n_units, sampling_frequency)
     places = replace(shapes, sources_um=shapes.sources_um + soma[:, None], snr=rng.permutation(np.linspace(*snr, n_units)))
-    return _scaled(places, probe.channel_locations, noise_uv)
+    if half_um is None:
+        return _scaled(places, contacts, noise_uv, _nearest_um(places, contacts))
+    sharp = _sharpened(rng, places, contacts, half_um)
+    return _scaled(sharp, contacts, noise_uv, np.abs(sharp.sources_um[:, :, 2]))
+
+
+def draw_far_units(n_units: int, probe: Probe, sampling_frequency: float, seed: int, noise_uv: float) -> Units:
+    """Draw neurons too distant to be told apart: broad and shallow (`FAR_SNR`), together the hash under the spikes."""
+    rng = np.random.default_rng([seed, 4])
+    contacts = probe.channel_locations
+    low, high = contacts.min(axis=0) - FAR_MARGIN_UM, contacts.max(axis=0) + FAR_MARGIN_UM
+    soma = np.column_stack([rng.uniform(low, high, (n_units, 2)), rng.uniform(*FAR_DEPTH_UM, n_units)])
+    shapes = draw_shapes(rng, n_units, sampling_frequency)
+    places = replace(shapes, sources_um=shapes.sources_um + soma[:, None], snr=rng.uniform(*FAR_SNR, n_units))
+    return _scaled(places, contacts, noise_uv, _nearest_um(places, contacts))
+
+
+def _sharpened(rng: np.random.Generator, units: Units, contacts: NDArray[np.float64], half_um: tuple[float, float]) -> Units:
+    """Scale all lengths of every unit to the halving distance drawn for it, and put it over the probe."""
+    soma = units.sources_um[:, :1]
+    depth_um = soma[:, 0, 2]
+    present_um = np.sqrt((depth_um + np.log(2) * units.decay_um[:, 0]) ** 2 - depth_um**2)
+    factor = (rng.uniform(*half_um, units.n_units) / present_um)[:, None]
+    low, high = contacts.min(axis=0), contacts.max(axis=0)
+    around = np.maximum((high - low) / 2 - EDGE_UM, EDGE_UM)
+    place = np.pad((low + high) / 2 + around * rng.uniform(-1, 1, (units.n_units, 2)), ((0, 0), (0, 1)))
+    offsets = units.sources_um - soma * [1, 1, 0]
+    return replace(units, sources_um=place[:, None] + factor[:, :, None] * offsets, decay_um=factor * units.decay_um)
 
 
 def draw_shapes(rng: np.random.Generator, n_units: int, sampling_frequency: float) -> Units:
@@ -137,12 +186,23 @@ def draw_shapes(rng: np.random.Generator, n_units: int, sampling_frequency: floa
     )
 
 
-def _scaled(shapes: Units, contacts: NDArray[np.float64], noise_uv: float) -> Units:
-    """Give every unit its depth on its best contact, and its trough there the time 0."""
-    steps = contacts - shapes.sources_um[:, :1, :2]  # (n_units, n_channels, 2)
-    nearest = np.argsort(np.square(steps).sum(-1), axis=1)[:, :N_CANDIDATES]
-    at_nearest = _distances_um(shapes, contacts[nearest], np.zeros(shapes.n_units)).min(axis=-1)
-    gain_uv = shapes.gain_uv * np.exp(at_nearest / shapes.decay_um)  # as drawn they are sizes on the nearest contact
+def _nearest(units: Units, contacts: NDArray[np.float64]) -> NDArray[np.intp]:
+    steps = contacts - units.sources_um[:, :1, :2]  # (n_units, n_channels, 2)
+    return np.argsort(np.square(steps).sum(-1), axis=1)[:, :N_CANDIDATES]
+
+
+def _nearest_um(units: Units, contacts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """From every component to the contact nearest to it, (n_units, 6)."""
+    nearest_um: NDArray[np.float64] = _distances_um(units, contacts[_nearest(units, contacts)], np.zeros(units.n_units)).min(
+        axis=-1
+    )
+    return nearest_um
+
+
+def _scaled(shapes: Units, contacts: NDArray[np.float64], noise_uv: float, drawn_um: NDArray[np.float64]) -> Units:
+    """Give every unit its depth on its best contact, and its trough there the time 0; gains were drawn as sizes at `drawn_um`."""
+    nearest = _nearest(shapes, contacts)
+    gain_uv = shapes.gain_uv * np.exp(drawn_um / shapes.decay_um)
     centre_ms = shapes.centre_ms.copy()
     fine_ms = np.arange(-0.5, 0.5, 1e-3)
     for k in range(shapes.n_units):
@@ -215,8 +275,8 @@ def potentials(
     return total
 
 
-def templates_at(units: Units, probe: Probe, displacement_um: float = 0.0) -> NDArray[np.float32]:
-    """Evaluate all units at one displacement along y.
+def templates_at(units: Units, probe: Probe, displacement_um: float | NDArray[np.float64] = 0.0) -> NDArray[np.float32]:
+    """Evaluate all units at one displacement along y, or each at its own (n_units,).
 
     Returns
     -------
@@ -224,8 +284,9 @@ def templates_at(units: Units, probe: Probe, displacement_um: float = 0.0) -> ND
         In uV; without displacement the trough on the best contact is at row `units.n_before`.
     """
     templates = np.zeros((units.n_units, units.n_before + units.n_after, probe.n_channels), np.float32)
+    moved = np.broadcast_to(displacement_um, units.n_units)
     for unit, template in enumerate(templates):
-        channels, wave = sparse_template(units, unit, probe.channel_locations, displacement_um, 0.0)
+        channels, wave = sparse_template(units, unit, probe.channel_locations, float(moved[unit]), 0.0)
         template[:, channels] = wave
     return templates
 

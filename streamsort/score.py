@@ -1,10 +1,10 @@
 """Agreement of published spikes with the truth.
 
-Spikes and a truth come in; a `Score` goes out, by the definition of SpikeInterface's `compare_sorter_to_ground_truth`: spikes of a
-true and a found unit coincide within +- `delta_ms`, each spike at most once; the agreement of two units is
-tp / (n_true + n_found - tp); true units get at most one found unit each, by the assignment of largest total agreement, and none
-below 0.5. A true unit without one scores 0. Units are matched once over the whole span, so an identity that changes half-way costs
-accuracy; `id_stability` says how often it did.
+Spikes and a truth come in; a `Score` goes out, read off a `Comparison`, by SpikeInterface's definitions: accuracy, precision and
+recall of a true unit are those of the one found unit it is matched to, and 0 when there is none. A found unit matched to none is
+false when its agreement with every true unit is below 0.2. It is redundant when with some unit it is 0.2 or more, and another found
+unit agrees better with that one; what is left (the best there is for a unit that counts as not found) is neither. Units are matched
+once over the whole span, so an identity that changes half-way costs accuracy; `streamsort.identity` says how often it did.
 """
 
 import json
@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 
+from streamsort.compare import Comparison, compare
 from streamsort.errors import StreamsortError
+from streamsort.identity import Identity, identities
 from streamsort.records import UNSORTED
 from streamsort.simulate import Truth
 
-MIN_AGREEMENT = 0.5  # below, a true unit counts as not found
-STABILITY_WINDOW_S = 10.0
-_LONGEST_S = 1e9
+REDUNDANT_AGREEMENT = 0.2  # SpikeInterface's redundant_score
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,10 @@ class UnitScore:
     """How well one true unit was found; `unit_id` is -1 and the shares are 0 when it was not.
 
     `id_stability` looks at the 10-s windows in which one id carries at least half of the unit's spikes: the share of them in which
-    it is the same id as in most; None when there is no such window.
+    it is the same id as in most. `id_purity` looks at the spikes published under any id in the last tenth of the span: the share
+    with the id that most have in the first tenth. Both are None where there is nothing to look at. `id_switches` counts how often
+    the id of most of the spikes changes between consecutive windows of 2 s, or as long as the unit takes for 10 spikes;
+    `streamsort.identity` has the details.
     """
 
     unit_true: int
@@ -42,14 +44,24 @@ class UnitScore:
     precision: float
     recall: float
     id_stability: float | None
+    id_purity: float | None
+    id_switches: int
 
 
 @dataclass(frozen=True)
 class Score:
-    """The scores of all true units that fire in the span, in order of `unit_true`."""
+    """The scores of all true units that fire in the span, in order of `unit_true`, and what was found beyond them."""
 
     units: tuple[UnitScore, ...]
     n_units_found: int
+    n_units_false: int = 0
+    n_units_redundant: int = 0
+
+    @classmethod
+    def of(cls, comparison: Comparison) -> "Score":
+        """Read the scores off a comparison."""
+        units = [_unit_score(comparison, u, identity) for u, identity in enumerate(identities(comparison))]
+        return cls(tuple(units), len(comparison.found.labels), *_surplus(comparison))
 
     @property
     def n_units_true(self) -> int:
@@ -80,6 +92,16 @@ class Score:
         """Mean over the true units that carried an id in any window."""
         return _mean([unit.id_stability for unit in self.units if unit.id_stability is not None])
 
+    @property
+    def id_purity_mean(self) -> float:
+        """Mean over the true units that carried an id in the first and in the last tenth."""
+        return _mean([unit.id_purity for unit in self.units if unit.id_purity is not None])
+
+    @property
+    def id_switches(self) -> int:
+        """Sum over all true units."""
+        return sum(unit.id_switches for unit in self.units)
+
     def to_dict(self) -> dict[str, Any]:
         """Turn into what JSON takes."""
         names = (
@@ -88,8 +110,12 @@ class Score:
             "precision_mean",
             "recall_mean",
             "id_stability_mean",
+            "id_purity_mean",
+            "id_switches",
             "n_units_true",
             "n_units_found",
+            "n_units_false",
+            "n_units_redundant",
         )
         return {**{name: getattr(self, name) for name in names}, "units": [asdict(unit) for unit in self.units]}
 
@@ -123,6 +149,11 @@ def score(
     -------
     result : Score
 
+    Raises
+    ------
+    StreamsortError
+        If the rate is not positive, `delta_ms` is negative, or an end of the span is no number of seconds.
+
     Examples
     --------
     >>> found = np.array([(100, 7), (205, 7), (900, -1)], [("sample_index", "<i8"), ("unit_id", "<i4")])
@@ -130,108 +161,96 @@ def score(
     >>> round(result.accuracy_mean, 3), result.units[0].unit_id, result.precision_mean
     (0.667, 7, 1.0)
     """
-    if not (sampling_frequency > 0 and delta_ms >= 0):
-        expected = "expected a positive rate and 0 or more ms"
-        raise StreamsortError(f"score: sampling_frequency = {sampling_frequency}, delta_ms = {delta_ms}, {expected}")
-    for name, seconds in (("from_s", from_s), ("to_s", to_s)):
-        if seconds is not None and not abs(seconds) < _LONGEST_S:
-            raise StreamsortError(f"score: {name} = {seconds}, expected a number of seconds")
-    low = 0 if from_s is None else round(from_s * sampling_frequency)
-    high = np.iinfo(np.int64).max if to_s is None else round(to_s * sampling_frequency)
-    true = _Trains.cut(truth.sample_index, truth.unit_index, low, high)
-    sorted_spikes = spikes[spikes["unit_id"] != UNSORTED]
-    found = _Trains.cut(sorted_spikes["sample_index"], sorted_spikes["unit_id"], low, high)
-    delta_samples = int(delta_ms * sampling_frequency / 1e3 + 1e-6)
-    matches = _matches(true, found, delta_samples)
-    windows = ((true.sample_index - low) // (STABILITY_WINDOW_S * sampling_frequency)).astype(np.int64)
-    return Score(tuple(_unit_scores(true, found, matches, windows)), len(found.labels))
+    return Score.of(compare(spikes, truth, sampling_frequency, from_s, to_s, delta_ms))
 
 
-@dataclass(frozen=True)
-class _Trains:
-    """Spikes in order of time: where, and whose as an index into `labels`."""
-
-    sample_index: NDArray[np.int64]
-    unit: NDArray[np.int64]
-    labels: NDArray[np.int64]
-
-    @classmethod
-    def cut(cls, sample_index: NDArray[Any], label: NDArray[Any], low: int, high: int) -> "_Trains":
-        keep = (sample_index >= low) & (sample_index < high)
-        order = np.argsort(sample_index[keep], kind="stable")
-        labels, unit = np.unique(label[keep][order].astype(np.int64), return_inverse=True)
-        return cls(sample_index[keep][order].astype(np.int64), unit.astype(np.int64), labels)
-
-    def counts(self) -> NDArray[np.int64]:
-        return np.bincount(self.unit, minlength=len(self.labels))
+def _unit_score(comparison: Comparison, u: int, identity: Identity) -> UnitScore:
+    label, n_true, f = int(comparison.true.labels[u]), int(comparison.true.counts()[u]), int(comparison.partner[u])
+    if f < 0:
+        return UnitScore(label, UNSORTED, n_true, 0, 0, 0.0, 0.0, 0.0, *identity)
+    n_found, tp = int(comparison.found.counts()[f]), int(comparison.tp[u, f])
+    shares = float(comparison.agreement[u, f]), tp / n_found, tp / n_true
+    return UnitScore(label, int(comparison.found.labels[f]), n_true, n_found, tp, *shares, *identity)
 
 
-def _matches(true: _Trains, found: _Trains, delta_samples: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """List the coincidences (row of `true`, row of `found`), each spike at most once for every pair of units.
+def _surplus(comparison: Comparison) -> tuple[int, int]:
+    """Count the false and the redundant ones among the found units."""
+    agreement, n_found = comparison.agreement, len(comparison.found.labels)
+    if not len(comparison.true.labels):
+        return n_found, 0
+    free = np.setdiff1d(np.arange(n_found), comparison.partner)
+    nearest = agreement[:, free].argmax(axis=0)
+    like = agreement[nearest, free] >= REDUNDANT_AGREEMENT
+    outdone = agreement.argmax(axis=1)[nearest] != free if n_found else like
+    return int((~like).sum()), int((like & outdone).sum())
 
-    Within a pair, true spikes take, in order of time, the first found spike still free. All pairs are done at once: whoever is the
-    first choice of the other is matched, the two are taken out, and so on; the result is that of going through them in order.
-    SpikeInterface can count a found spike twice when true spikes of one unit are less than 2 delta apart; here it never is.
+
+def accuracy_in_windows(comparison: Comparison, window_s: float = 10.0) -> NDArray[np.float64]:
+    """Split accuracy over time, with units matched as they are over the whole span: an id that changed does not count.
+
+    Parameters
+    ----------
+    comparison : Comparison
+    window_s : float
+        Length of a window; the first begins with the span, and one that the span cuts to less than half is left out.
+
+    Returns
+    -------
+    accuracy : ndarray, shape (n_windows,)
+        Mean over the true units that fire in a window; NaN where none does.
     """
-    first = np.searchsorted(found.sample_index, true.sample_index - delta_samples, side="left")
-    n_near = np.searchsorted(found.sample_index, true.sample_index + delta_samples, side="right") - first
-    i = np.repeat(np.arange(len(first)), n_near)
-    j = np.arange(len(i)) - np.repeat(np.cumsum(n_near) - n_near - first, n_near)
-    matched_i, matched_j = [i[:0]], [j[:0]]
-    while len(i):
-        _, first_of_i, of_i = np.unique(i * len(found.labels) + found.unit[j], return_index=True, return_inverse=True)
-        _, first_of_j, of_j = np.unique(j * len(true.labels) + true.unit[i], return_index=True, return_inverse=True)
-        edge = np.arange(len(i))
-        mutual = (first_of_i[of_i] == edge) & (first_of_j[of_j] == edge)
-        matched_i.append(i[mutual])
-        matched_j.append(j[mutual])
-        i_taken, j_taken = np.zeros(len(first_of_i), bool), np.zeros(len(first_of_j), bool)
-        i_taken[of_i[mutual]] = True
-        j_taken[of_j[mutual]] = True
-        left = ~(i_taken[of_i] | j_taken[of_j])
-        i, j = i[left], j[left]
-    return np.concatenate(matched_i), np.concatenate(matched_j)
+    length = window_s * comparison.sampling_frequency
+    n_windows = int((comparison.high - comparison.low) / length + 0.5)
+    true, found, right = comparison.true, comparison.found, comparison.true_right
+    owner = np.full(len(found.labels) + 1, -1)  # the last row takes those that are matched to none
+    owner[comparison.partner] = np.arange(len(comparison.partner))
+    owner[-1] = -1
+    wrong = ~comparison.found_right & (owner[found.unit] >= 0)
+
+    def count(samples: NDArray[np.int64], unit: NDArray[np.int64]) -> NDArray[np.float64]:
+        table = np.zeros((len(true.labels), n_windows + 1))
+        place = np.minimum((samples - comparison.low) // length, n_windows).astype(np.int64)
+        np.add.at(table, (unit, place), 1)
+        return table[:, :n_windows]
+
+    fired = count(true.sample_index, true.unit)
+    both = fired + count(found.sample_index[wrong], owner[found.unit[wrong]])
+    accuracy = np.divide(count(true.sample_index[right], true.unit[right]), both, out=np.zeros_like(both), where=both > 0)
+    n_firing = (fired > 0).sum(axis=0)
+    mean = np.full(n_windows, np.nan)
+    np.divide((accuracy * (fired > 0)).sum(axis=0), n_firing, out=mean, where=n_firing > 0)
+    return mean
 
 
-def _unit_scores(
-    true: _Trains, found: _Trains, matches: tuple[NDArray[np.int64], NDArray[np.int64]], windows: NDArray[np.int64]
-) -> list[UnitScore]:
-    n_true, n_found = true.counts(), found.counts()
-    i, j = matches
-    tp = np.zeros((len(n_true), len(n_found)), np.int64)
-    np.add.at(tp, (true.unit[i], found.unit[j]), 1)
-    agreement = tp / np.maximum(n_true[:, None] + n_found[None] - tp, 1)
-    partner = dict(zip(*linear_sum_assignment(-np.where(agreement < MIN_AGREEMENT, 0.0, agreement)), strict=True))
-    stability = _id_stability(true, windows, i, found.unit[j])
-    units = []
-    for u, label in enumerate(true.labels):
-        f = partner.get(u)
-        if f is None or agreement[u, f] < MIN_AGREEMENT:
-            units.append(UnitScore(int(label), UNSORTED, int(n_true[u]), 0, 0, 0.0, 0.0, 0.0, stability[u]))
-            continue
-        hits = int(tp[u, f])
-        shares = float(agreement[u, f]), hits / int(n_found[f]), hits / int(n_true[u])
-        units.append(UnitScore(int(label), int(found.labels[f]), int(n_true[u]), int(n_found[f]), hits, *shares, stability[u]))
-    return units
+def overlapping_pairs(
+    comparison: Comparison, places_um: NDArray[np.float64], within_ms: float, within_um: float = 100.0
+) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """List the pairs of true spikes of different units that overlap in time and on the probe.
 
+    Parameters
+    ----------
+    comparison : Comparison
+    places_um : ndarray, shape (n, 2)
+        Where each true unit is largest, by its label; NaN where that is not known.
+    within_ms, within_um : float
+        How near in time and in space, inclusive, the two must be.
 
-def _id_stability(
-    true: _Trains, windows: NDArray[np.int64], i: NDArray[np.int64], found_unit: NDArray[np.int64]
-) -> list[float | None]:
-    """Share of each true unit's windows whose id is that of most of its windows."""
-    n_windows, n_labels = int(windows.max(initial=0)) + 1, int(found_unit.max(initial=0)) + 1
-    cell = true.unit * n_windows + windows  # one of a unit's windows
-    code, n_carried = np.unique(cell[i] * n_labels + found_unit, return_counts=True)
-    carried_half = 2 * n_carried >= np.bincount(cell)[code // n_labels]
-    code, n_carried = code[carried_half], n_carried[carried_half]
-    by_share = code[np.lexsort((code, -n_carried, code // n_labels))]
-    _, largest = np.unique(by_share // n_labels, return_index=True)
-    carrier = by_share[largest]
-    stability: list[float | None] = []
-    for unit in range(len(true.labels)):
-        ids = carrier[carrier // n_labels // n_windows == unit] % n_labels
-        stability.append(float(np.bincount(ids).max() / len(ids)) if len(ids) else None)
-    return stability
+    Returns
+    -------
+    units : ndarray, shape (n_pairs, 2)
+        Labels of the two.
+    both : ndarray, shape (n_pairs,), bool
+        Whether each was published under the id of its unit.
+    """
+    true, reach = comparison.true, within_ms * comparison.sampling_frequency / 1e3
+    n_after = np.searchsorted(true.sample_index, true.sample_index + reach, side="right") - np.arange(len(true.unit)) - 1
+    first = np.repeat(np.arange(len(n_after)), n_after)
+    second = first + 1 + np.arange(len(first)) - np.repeat(np.cumsum(n_after) - n_after, n_after)
+    units = true.labels[np.column_stack([true.unit[first], true.unit[second]])]
+    steps = places_um[units[:, 0]] - places_um[units[:, 1]]
+    overlap = (units[:, 0] != units[:, 1]) & (np.hypot(*steps.T) <= within_um)
+    right = comparison.true_right
+    return units[overlap], right[first[overlap]] & right[second[overlap]]
 
 
 def load_truth(path: str | Path) -> Truth:

@@ -2,33 +2,40 @@
 
 In goes a `SimulationConfig`; out come int16 blocks of a second, always the same however they are consumed, and the spikes in them.
 Each spike is evaluated where and when it falls, to an eighth of a sample and half a um, so memory does not grow with the recording.
-The only state carried from block to block is that of the slow field potential's filter. Amplitudes and signal-to-noise ratios are
-broad-band: trough over noise, unfiltered.
+Neurons, trains and background have seeds of their own: what is added to a config leaves the rest of its recording as it was.
+Amplitudes and signal-to-noise ratios are broad-band, trough over noise, unless they are called `band`: those are in 300-6000 Hz.
 """
 
 import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import bilinear_zpk, sosfilt, zpk2sos
+from scipy.signal import butter, sosfiltfilt
 
+from streamsort.background import artifact, artifact_samples, noise_blocks
 from streamsort.errors import StreamsortError
-from streamsort.neurons import MS_AFTER, MS_BEFORE, Units, draw_units, log_uniform, sparse_template, templates_at
+from streamsort.neurons import Units, draw_far_units, draw_units, sparse_template, templates_at
 from streamsort.probe import Probe
+from streamsort.sifolder import TRACES, describe_recording, write_truth
+from streamsort.simconfig import PROBES, SimulationConfig, displacement_um, drift_share, named_probe
+from streamsort.trains import N_SHIFTS, Spikes, Truth, draw_far_spikes, draw_spikes, silences_of, unit_pairs
 
 __all__ = [
     "GAIN_UV",
+    "PROBES",
     "Recording",
     "SimulationConfig",
     "Truth",
     "Units",
+    "band_snr",
     "displacement_um",
     "draw_units",
+    "drift_share",
     "named_probe",
     "simulate_recording",
     "simulated_blocks",
@@ -39,75 +46,12 @@ __all__ = [
 ]
 
 GAIN_UV = 0.195  # uV per bit of the common headstages
-N_SHIFTS = 8  # sub-sample positions of a trough
-REFRACTORY_S = 0.003
-BURST_CHANCE, BURST_DECAY = 0.4, 0.85  # of a short interval after a spike of a bursting unit; amplitude lost at each
-DRIFT_STEP_UM = 0.5
-LFP_RUN_IN_S = 2.0
+DRIFT_STEP_UM, FAR_DRIFT_STEP_UM = 0.5, 5.0  # distant neurons hardly change over the latter
+BAND_HZ, BAND_NOISE_S = (300.0, 6000.0), 2.0  # a channel's level comes out within 1 %
+MOTION_STEP_S = 0.1
 
-
-class Truth(NamedTuple):
-    """Which unit fired when: two arrays of (n_spikes,), in order of `sample_index`."""
-
-    sample_index: NDArray[np.int64]
-    unit_index: NDArray[np.int32]
-
-
-@dataclass(frozen=True)
-class SimulationConfig:
-    """What to simulate.
-
-    Examples
-    --------
-    >>> config = SimulationConfig(seconds=2, probe_name="tetrode", n_units=3, seed=1)
-    >>> [block.shape for block in simulated_blocks(config)]
-    [(30000, 4), (30000, 4)]
-    >>> truth(config).sample_index[:3]
-    array([ 3602,  6591, 13568])
-    """
-
-    seconds: float = 60.0
-    probe_name: str = "grid32"  # see `named_probe`
-    n_units: int = 20
-    sampling_frequency: float = 30000.0
-    snr: tuple[float, float] = (4.0, 15.0)  # trough on the best contact over noise_uv; units are spread evenly over this range
-    rates_hz: tuple[float, float] = (1.0, 12.0)  # drawn log-uniformly
-    noise_uv: float = 8.0  # white in time, correlated over contacts as exp(-distance / 25 um); without it snr is in uV
-    lfp_uv: float = 0.0  # rms of a slow 1/f potential shared by neighbouring contacts
-    drift_um: float = 0.0  # amplitude; the sources move by up to this along the probe, both ways
-    drift_kind: Literal["sine", "zigzag", "step"] = "sine"
-    drift_period_s: float = 120.0  # a step comes after half of it
-    bursting: float = 0.0  # share of units that fire in bursts of falling amplitude
-    amplitude_jitter: float = 0.05  # relative, from spike to spike
-    silences: tuple[tuple[int, float, float], ...] = ()  # (unit_index, from_s, to_s): times without its spikes
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _require(0 < self.seconds < np.inf, "seconds", self.seconds, "a positive number")
-        _require(self.n_units >= 0, "n_units", self.n_units, "0 or more")
-        _require(self.sampling_frequency >= 5000, "sampling_frequency", self.sampling_frequency, "5000 Hz or more")
-        for name in ("snr", "rates_hz"):
-            low, high = getattr(self, name)
-            _require(0 < low <= high, name, (low, high), "two positive numbers, the smaller first")
-        _require(self.rates_hz[1] <= 100, "rates_hz", self.rates_hz, "at most 100 Hz")
-        for name in ("noise_uv", "lfp_uv", "drift_um", "amplitude_jitter", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        _require(self.drift_kind in ("sine", "zigzag", "step"), "drift_kind", self.drift_kind, "sine, zigzag or step")
-        _require(self.drift_period_s > 0, "drift_period_s", self.drift_period_s, "a positive number of seconds")
-        _require(0 <= self.bursting <= 1, "bursting", self.bursting, "0 to 1")
-        for unit, from_s, to_s in self.silences:
-            _require(
-                0 <= unit < self.n_units and from_s < to_s, "silences", (unit, from_s, to_s), "(a unit_index, from_s, a later to_s)"
-            )
-        named_probe(self.probe_name)
-
-    @property
-    def probe(self) -> Probe:
-        return named_probe(self.probe_name)
-
-    @property
-    def n_samples(self) -> int:
-        return round(self.seconds * self.sampling_frequency)
+Event = tuple[NDArray[np.intp], NDArray[np.float32]]  # channels (k,) and uV (n_samples, k)
+Adder = Callable[[NDArray[np.float32], int], None]  # adds, in place, what reaches into the block that starts at a sample
 
 
 @dataclass(frozen=True)
@@ -121,100 +65,25 @@ class Recording:
     units: Units
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise StreamsortError(f"simulation: {name} = {value!r}, expected {expected}")
-
-
-@functools.cache
-def named_probe(name: str) -> Probe:
-    """Make one of the probes linear32, grid32, tetrode, single, neuropixels128, neuropixels384.
-
-    Raises
-    ------
-    StreamsortError
-        If the name is another one.
-    """
-    if name == "linear32":
-        return Probe.linear(32, pitch_um=20.0)
-    if name == "grid32":  # three columns of 10, 12 and 10 contacts, the outer ones shifted by half a pitch
-        sites = [(30.0 * x, 30.0 * k + (0 if x == 1 else 15)) for x in range(3) for k in range(12 if x == 1 else 10)]
-        sites.sort(key=lambda site: (site[1], site[0]))
-    elif name == "tetrode":
-        sites = [(0.0, 0.0), (25.0, 0.0), (0.0, 25.0), (25.0, 25.0)]
-    elif name == "single":
-        sites = [(0.0, 0.0)]
-    elif name in ("neuropixels128", "neuropixels384"):  # two sites a row, every other row shifted by half the pitch
-        sites = [(32.0 * (k % 2) + 16 * (k // 2 % 2 == 0), 20.0 * (k // 2)) for k in range(int(name.removeprefix("neuropixels")))]
-    else:
-        expected = "linear32, grid32, tetrode, single, neuropixels128 or neuropixels384"
-        raise StreamsortError(f"simulation: probe_name = {name!r}, expected {expected}")
-    return Probe(np.array(sites), np.zeros(len(sites), np.int32))
-
-
-def displacement_um(config: SimulationConfig, times_s: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Tell how far (um, along y) the sources are from where they were drawn; the probe stands still."""
-    phase = times_s / config.drift_period_s
-    if config.drift_kind == "sine":
-        return config.drift_um * np.sin(2 * np.pi * phase)
-    if config.drift_kind == "zigzag":
-        return config.drift_um * (1 - 4 * np.abs((phase + 0.25) % 1 - 0.5))
-    return np.where(phase < 0.5, 0.0, config.drift_um)
-
-
-@dataclass(frozen=True)
-class _Spikes:
-    """All spikes of a recording in order of time, with what the truth does not tell."""
-
-    truth: Truth
-    shift: NDArray[np.int8]  # eighths of a sample after sample_index
-    amplitude: NDArray[np.float32]  # relative to the template
-
-
-def _draw_spikes(config: SimulationConfig) -> _Spikes:
-    rng = np.random.default_rng([config.seed, 1])
-    rates_hz = log_uniform(rng, *config.rates_hz, config.n_units)
-    bursts = rng.permutation(np.arange(config.n_units) < round(config.bursting * config.n_units))
-    margin_s = np.array([MS_BEFORE, MS_AFTER]) / 1e3
-    times, labels, amplitudes = [np.zeros(0)], [np.zeros(0, np.int32)], [np.zeros(0)]
-    for unit in range(config.n_units):
-        train_s, relative = _draw_train(rng, rates_hz[unit], config.seconds, BURST_CHANCE if bursts[unit] else 0.0)
-        keep = (train_s >= margin_s[0]) & (train_s < config.seconds - margin_s[1])
-        for silent, from_s, to_s in config.silences:
-            keep &= (silent != unit) | (train_s < from_s) | (train_s >= to_s)
-        times.append(train_s[keep])
-        labels.append(np.full(keep.sum(), unit, np.int32))
-        amplitudes.append((relative * rng.normal(1.0, config.amplitude_jitter, len(relative)))[keep])
-    time_s, label = np.concatenate(times), np.concatenate(labels)
-    order = np.lexsort((label, time_s))
-    eighths = np.rint(time_s[order] * config.sampling_frequency * N_SHIFTS).astype(np.int64)
-    sample_index = (eighths + N_SHIFTS // 2) // N_SHIFTS  # the nearest sample
-    amplitude = np.concatenate(amplitudes)[order].clip(0.1).astype(np.float32)
-    return _Spikes(Truth(sample_index, label[order]), (eighths - sample_index * N_SHIFTS).astype(np.int8), amplitude)
-
-
-def _draw_train(
-    rng: np.random.Generator, rate_hz: float, seconds: float, burst_chance: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Draw a refractory Poisson train; after each spike, with `burst_chance`, another follows within 3 to 8 ms, smaller."""
-    short_s = 0.005
-    pause_s = (1 / rate_hz - burst_chance * (REFRACTORY_S + short_s / 2)) / (1 - burst_chance) - REFRACTORY_S
-    n = int(seconds * rate_hz + 15 * np.sqrt(seconds * rate_hz)) + 20  # more than can be needed
-    in_burst = rng.random(n) < burst_chance
-    intervals_s = REFRACTORY_S + np.where(in_burst, rng.uniform(0, short_s, n), rng.exponential(max(pause_s, 1e-4), n))
-    index = np.arange(n)
-    last_pause = np.maximum.accumulate(np.where(in_burst, 0, index))
-    return np.cumsum(intervals_s), np.power(BURST_DECAY, index - last_pause)
+def units_of(config: SimulationConfig) -> Units:
+    """Draw the units of the recording of this config."""
+    rate, level_uv = config.sampling_frequency, config.noise_uv or 1.0
+    return draw_units(config.n_units, config.probe, rate, config.seed, config.snr, level_uv, config.half_um)
 
 
 def truth(config: SimulationConfig) -> Truth:
-    """Tell which unit fires when in the recording of this config, without making it."""
-    return _draw_spikes(config).truth
+    """Tell which unit fires when in the recording of this config, without making it.
+
+    Examples
+    --------
+    >>> truth(SimulationConfig(seconds=2, probe_name="tetrode", n_units=3, seed=1)).sample_index[:3]
+    array([ 3602,  6591, 13568])
+    """
+    return _spikes_of(config, units_of(config)).truth
 
 
-def units_of(config: SimulationConfig) -> Units:
-    """Draw the units of the recording of this config."""
-    return draw_units(config.n_units, config.probe, config.sampling_frequency, config.seed, config.snr, config.noise_uv or 1.0)
+def _spikes_of(config: SimulationConfig, units: Units) -> Spikes:
+    return draw_spikes(config, units.sources_um[:, 0, :2])
 
 
 def simulated_blocks(config: SimulationConfig) -> Iterator[NDArray[np.int16]]:
@@ -226,63 +95,60 @@ def simulated_blocks(config: SimulationConfig) -> Iterator[NDArray[np.int16]]:
         A second of samples (the last block may be shorter); times `GAIN_UV` for microvolts. The caller may keep or change it.
     """
     n_block = round(config.sampling_frequency)
-    mixing = _noise_mixing(config.probe, config.noise_uv, reach_um=25.0)
-    lfp = _field_potential(config, n_block)
-    add_spikes = _spike_adder(config)
-    for start in range(0, config.n_samples, n_block):
-        n = min(n_block, config.n_samples - start)
-        rng = np.random.default_rng([config.seed, 2, start // n_block])
-        traces_uv = rng.standard_normal((n, config.probe.n_channels), np.float32) @ mixing
-        if config.lfp_uv:
-            traces_uv += next(lfp)[:n]
-        add_spikes(traces_uv, start)
+    adders = [_spike_adder(config)]
+    if config.far_units:
+        adders.append(_far_adder(config))
+    if config.artifacts_hz:
+        adders.append(_adder(artifact_samples(config), functools.partial(artifact, config)))
+    for number, traces_uv in enumerate(noise_blocks(config, n_block)):
+        for add in adders:
+            add(traces_uv, number * n_block)
         yield np.rint(traces_uv / GAIN_UV).clip(-32768, 32767).astype(np.int16)
 
 
-def _noise_mixing(probe: Probe, level_uv: float, reach_um: float) -> NDArray[np.float32]:
-    """Make the matrix that turns independent columns into columns correlated over distance, each of rms `level_uv`."""
-    correlation = np.exp(-probe.distances_um() / reach_um) + 1e-9 * np.eye(probe.n_channels)
-    return (level_uv * np.linalg.cholesky(correlation).T).astype(np.float32)
+def _spike_adder(config: SimulationConfig) -> Adder:
+    units = units_of(config)
+    spikes = _spikes_of(config, units)
+    return _neuron_adder(config, units, spikes, DRIFT_STEP_UM)
 
 
-def _field_potential(config: SimulationConfig, n_block: int) -> Iterator[NDArray[np.float32]]:
-    """Yield blocks of a potential whose power falls as 1/f from 1 Hz to 100 Hz and steeply beyond."""
-    poles, zeros = -2 * np.pi * np.array([1.0, 10.0, 100.0, 100.0]), -2 * np.pi * np.array([3.16, 31.6])
-    rate = config.sampling_frequency
-    sections = zpk2sos(*bilinear_zpk(zeros, poles, 1.0, rate))
-    impulse = np.zeros(int(LFP_RUN_IN_S * rate))
-    impulse[0] = 1.0
-    sections[0, :3] /= np.sqrt(np.sum(sosfilt(sections, impulse) ** 2))
-    mixing = _noise_mixing(config.probe, config.lfp_uv, reach_um=300.0)
-    rng = np.random.default_rng([config.seed, 3])
-    state = np.zeros((len(sections), 2, config.probe.n_channels))
-    _, state = sosfilt(sections, rng.standard_normal((len(impulse), config.probe.n_channels)), axis=0, zi=state)
-    while True:
-        slow, state = sosfilt(sections, rng.standard_normal((n_block, config.probe.n_channels)), axis=0, zi=state)
-        yield slow.astype(np.float32) @ mixing
+def _far_adder(config: SimulationConfig) -> Adder:
+    units = draw_far_units(config.far_units, config.probe, config.sampling_frequency, config.seed, config.noise_uv or 1.0)
+    spikes = draw_far_spikes(config)
+    return _neuron_adder(config, units, replace(spikes, shift=np.zeros_like(spikes.shift)), FAR_DRIFT_STEP_UM)
 
 
-def _spike_adder(config: SimulationConfig) -> Callable[[NDArray[np.float32], int], None]:
-    """Make the function that adds, in place, all spikes that reach into a block starting at sample `start`."""
-    units, spikes, contacts = units_of(config), _draw_spikes(config), config.probe.channel_locations
+def _neuron_adder(config: SimulationConfig, units: Units, spikes: Spikes, step_um: float) -> Adder:
+    """Make the function that adds spikes, their places rounded to `step_um`."""
     sample_index, unit_index = spikes.truth
     moved = displacement_um(config, sample_index / config.sampling_frequency)
-    steps = np.rint(moved / DRIFT_STEP_UM).astype(np.int64)
+    moved *= drift_share(config, units.sources_um[:, 0, 1])[unit_index]
+    steps = np.rint(moved / step_um).astype(np.int64)
 
     @functools.lru_cache(maxsize=4096)
-    def template(unit: int, step: int, shift: int) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-        return sparse_template(units, unit, contacts, step * DRIFT_STEP_UM, shift / N_SHIFTS)
+    def template(unit: int, step: int, shift: int) -> Event:
+        return sparse_template(units, unit, config.probe.channel_locations, step * step_um, shift / N_SHIFTS)
 
-    def add_spikes(traces_uv: NDArray[np.float32], start: int) -> None:
+    def spike(k: int) -> Event:
+        channels, wave = template(int(unit_index[k]), int(steps[k]), int(spikes.shift[k]))
+        return channels, spikes.amplitude[k] * wave
+
+    return _adder(sample_index - units.n_before, spike)
+
+
+def _adder(first_sample: NDArray[np.int64], event: Callable[[int], Event]) -> Adder:
+    """Make the function that adds events of equal length, from their first samples on, which are in order."""
+    length = len(event(0)[1]) if len(first_sample) else 1
+
+    def add(traces_uv: NDArray[np.float32], start: int) -> None:
         n = len(traces_uv)
-        first, last = np.searchsorted(sample_index, [start - units.n_after + 1, start + n + units.n_before])
-        for k in range(first, last):
-            channels, wave = template(int(unit_index[k]), int(steps[k]), int(spikes.shift[k]))
-            top = int(sample_index[k]) - units.n_before - start
-            low, high = max(top, 0), min(top + len(wave), n)
-            traces_uv[low:high, channels] += spikes.amplitude[k] * wave[low - top : high - top]
+        for k in range(*np.searchsorted(first_sample, [start - length + 1, start + n])):
+            channels, wave = event(k)
+            top = int(first_sample[k]) - start
+            low, high = max(top, 0), min(top + length, n)
+            traces_uv[low:high, channels] += wave[low - top : high - top]
 
-    return add_spikes
+    return add
 
 
 def simulate_recording(config: SimulationConfig) -> Recording:
@@ -297,12 +163,45 @@ def simulate_recording(config: SimulationConfig) -> Recording:
     return Recording(traces, config, config.probe, truth(config), units_of(config))
 
 
+def band_snr(config: SimulationConfig, moved_um: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """Measure each unit's largest trough in 300-6000 Hz, over the noise of that band on that channel.
+
+    Noise is all that is neither a unit nor an artifact, field potential and distant neurons included; a few seconds of it are made
+    and measured. The filter is a third-order Butterworth, forwards and backwards. Without noise the result is in uV.
+
+    Parameters
+    ----------
+    config : SimulationConfig
+    moved_um : ndarray, shape (n_displacements,), optional
+        As from `displacement_um`; by default nothing has moved.
+
+    Returns
+    -------
+    snr : ndarray, shape (n_displacements, n_units)
+    """
+    moved_um = np.zeros(1) if moved_um is None else moved_um
+    band = functools.partial(sosfiltfilt, butter(3, BAND_HZ, "bandpass", fs=config.sampling_frequency, output="sos"), axis=0)
+    noise = replace(config, seconds=BAND_NOISE_S, n_units=0, artifacts_hz=0.0, silences=())
+    level_uv = band(np.concatenate(list(simulated_blocks(noise))) * GAIN_UV).std(axis=0)
+    level_uv[level_uv == 0] = 1.0
+    units, contacts = units_of(config), config.probe.channel_locations
+    share = drift_share(config, units.sources_um[:, 0, 1])
+    n_quiet = round(0.01 * config.sampling_frequency)
+    snr = np.zeros((len(moved_um), units.n_units))
+    for k, unit in np.ndindex(snr.shape):
+        channels, wave = sparse_template(units, unit, contacts, float(moved_um[k] * share[unit]), 0.0)
+        snr[k, unit] = -(band(np.pad(wave, ((n_quiet, n_quiet), (0, 0)))) / level_uv[channels]).min(initial=0.0)
+    return snr
+
+
 def write_recording(config: SimulationConfig, out_dir: str | Path, progress: Callable[[float], None] | None = None) -> None:
     """Write a recording and its truth as folders that SpikeInterface loads.
 
     `out_dir/recording` holds traces_cached_seg0.raw (int16, sample after sample), binary.json and probegroup.json;
-    `out_dir/truth` holds spikes.npy and numpysorting_info.json; `out_dir/simulation.json` the config and the units' places;
-    `out_dir/motion.npy`, only with drift, (n, 2) seconds and um.
+    `out_dir/truth` holds spikes.npy and numpysorting_info.json; `out_dir/simulation.json` what is known beside them: the config,
+    the units' places and SNRs (broad-band, in band, and the range of the latter over the drift), who was silent, which units were
+    paired, and the samples at which artifacts begin. With drift, `out_dir/motion.npy` is (n, 2) seconds and um, as
+    `displacement_um` tells it, and `out_dir/unit_motion.npy` (n, n_units) each unit's own displacement at these times.
 
     Parameters
     ----------
@@ -320,67 +219,34 @@ def write_recording(config: SimulationConfig, out_dir: str | Path, progress: Cal
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise StreamsortError(f"simulation: out_dir = {str(out)!r} exists, expected a new or empty folder")
-    (out / "recording" / "properties").mkdir(parents=True)
+    describe_recording(out / "recording", config.probe, config.sampling_frequency, GAIN_UV)
     done = 0
-    with open(out / "recording" / "traces_cached_seg0.raw", "wb") as file:
+    with open(out / "recording" / TRACES, "wb") as file:
         for block in simulated_blocks(config):
             file.write(block.astype("<i2", copy=False).tobytes())
             done += len(block)
             if progress is not None:
                 progress(done / config.n_samples)
-    _describe_recording(config, out / "recording")
-    _write_truth(config, out / "truth")
-    places = units_of(config)
-    about = {"config": asdict(config), "unit_positions_um": places.sources_um[:, 0].tolist(), "unit_snr": places.snr.tolist()}
-    (out / "simulation.json").write_text(json.dumps(about, indent=1))
+    write_truth(out / "truth", truth(config), config.n_units, config.sampling_frequency)
+    times_s = np.arange(0.0, config.seconds + MOTION_STEP_S, MOTION_STEP_S)
+    motion_um = displacement_um(config, times_s)
+    (out / "simulation.json").write_text(json.dumps(_about(config, motion_um), indent=1))
     if config.drift_um:
-        times_s = np.arange(0.0, config.seconds + 0.1, 0.1)
-        np.save(out / "motion.npy", np.column_stack([times_s, displacement_um(config, times_s)]))
+        np.save(out / "motion.npy", np.column_stack([times_s, motion_um]))
+        np.save(out / "unit_motion.npy", np.outer(motion_um, drift_share(config, units_of(config).sources_um[:, 0, 1])))
 
 
-def _describe_recording(config: SimulationConfig, folder: Path) -> None:
-    n_channels = config.probe.n_channels
-    layout = {
-        "file_paths": ["traces_cached_seg0.raw"],
-        "sampling_frequency": config.sampling_frequency,
-        "t_starts": None,
-        "num_channels": n_channels,
-        "dtype": "<i2",
-        "channel_ids": list(range(n_channels)),
-        "time_axis": 0,
-        "file_offset": 0,
-        "gain_to_uV": [GAIN_UV] * n_channels,
-        "offset_to_uV": [0.0] * n_channels,
-        "is_filtered": False,
+def _about(config: SimulationConfig, motion_um: NDArray[np.float64]) -> dict[str, Any]:
+    """Gather what is known of a recording's units."""
+    units = units_of(config)
+    snrs = band_snr(config, np.concatenate([[0.0], np.linspace(motion_um.min(), motion_um.max(), 9 if config.drift_um else 1)]))
+    return {
+        "config": asdict(config),
+        "unit_positions_um": units.sources_um[:, 0].tolist(),
+        "unit_snr": units.snr.tolist(),
+        "unit_snr_band": snrs[0].tolist(),
+        "unit_snr_band_range": np.column_stack([snrs.min(axis=0), snrs.max(axis=0)]).tolist(),
+        "unit_silences": silences_of(config),
+        "unit_pairs": unit_pairs(config, units.sources_um[:, 0, :2]),
+        "artifact_samples": artifact_samples(config).tolist(),
     }
-    _dump(folder / "binary.json", "spikeinterface.core.binaryrecordingextractor.BinaryRecordingExtractor", layout)
-    _dump(folder / "si_folder.json", "spikeinterface.core.binaryfolder.BinaryFolderRecording", {"folder_path": "."})
-    np.save(folder / "properties" / "gain_to_uV.npy", np.full(n_channels, GAIN_UV))
-    np.save(folder / "properties" / "offset_to_uV.npy", np.zeros(n_channels))
-    np.save(folder / "properties" / "group.npy", config.probe.shanks.astype(np.int64))
-    config.probe.to_probeinterface(folder / "probegroup.json")
-
-
-def _write_truth(config: SimulationConfig, folder: Path) -> None:
-    folder.mkdir()
-    spikes = np.zeros(len(truth(config).sample_index), [("sample_index", "<i8"), ("unit_index", "<i8"), ("segment_index", "<i8")])
-    spikes["sample_index"], spikes["unit_index"] = truth(config)
-    np.save(folder / "spikes.npy", spikes)
-    info = {"sampling_frequency": config.sampling_frequency, "unit_ids": list(range(config.n_units)), "num_segments": 1}
-    (folder / "numpysorting_info.json").write_text(json.dumps(info))
-    _dump(
-        folder / "si_folder.json", "spikeinterface.core.sortingfolder.NumpyFolderSorting", {"folder_path": ".", "mmap_mode": None}
-    )
-
-
-def _dump(path: Path, extractor: str, kwargs: dict[str, Any]) -> None:
-    """Write the description from which SpikeInterface (0.101 to 0.105) loads a folder."""
-    about = {
-        "class": extractor,
-        "module": "spikeinterface",
-        "version": "0.105.0",
-        "kwargs": kwargs,
-        "annotations": {},
-        "properties": {},
-    }
-    path.write_text(json.dumps({**about, "relative_paths": True}, indent=1))

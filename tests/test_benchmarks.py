@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -72,18 +75,51 @@ def test_refresh_compares_a_stream_with_and_without_one(tmp_path: Path) -> None:
 def test_accuracy_scores_its_own_recordings_and_lists_rivals(tmp_path: Path) -> None:
     late = {"units_gt": 6, "units_found": 5, "accuracy_mean": 0.5, "accuracy_median": 0.5, "precision_mean_matched": 0.9}
     late |= {"recall_mean": 0.5, "accuracy_by_snr": {"3-5": 0.1}}
-    rival = {"recording": "tetrode", "sorter": "rival", "data_sha256": "0", "late": late}
-    (tmp_path / "peers.json").write_text(json.dumps({"runs": {"tetrode/rival": rival}}))
+    rival = {"recording": "tetrode", "sorter": "rival4", "data_sha256": "0" * 16, "duration_s": 24.0, "late": late}
+    rival["runs"] = [{"cpu_s": 12.0, "wall_s": 48.0}]
+    (tmp_path / "peers.json").write_text(json.dumps({"versions": {"rival": "4.1"}, "runs": {"tetrode/rival4": rival}}))
     rows = run("accuracy.py", tmp_path / "out.json", "--seconds", "24", "--windows", "--peers", str(tmp_path / "peers.json"))
     ours = [row for row in rows if row["sorter"] == "streamsort"]
     assert [(row["recording"], row["sorter"]) for row in rows] == [
         ("tetrode", "streamsort"),
-        ("tetrode", "rival"),
+        ("tetrode", "rival4"),
         ("grid32", "streamsort"),
     ]
+    assert (rows[1]["version"], rows[1]["same_data"]) == ("rival 4.1", "no")
+    assert (rows[1]["cpu_s_per_s"], rows[1]["x_real_time"]) == (0.5, 0.5)
     for row in ours:
-        assert row["accuracy_mean"] > 0.1 and row["snr_8-15"] > row["snr_3-5"]
+        assert row["accuracy_mean"] > 0.1 and row["snr_8+"] > row["snr_3-5"]
         assert len(row["windows"]) == 2
+        assert 0 <= row["calibration_error"] <= 1 and sum(one["n_spikes"] for one in row["calibration"]) > 50
+        assert row["n_pairs_1ms_clear"] >= row["n_pairs_0.5ms_clear"] and row["cpu_s_per_s"] > 0
+
+
+def test_accuracy_takes_principal_components_and_recordings_of_others(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    config = SimulationConfig(seconds=18, probe_name="tetrode", n_units=3, snr=(10.0, 15.0), rates_hz=(8.0, 12.0), seed=1)
+    made = simulate_recording(config)
+    folder, plot = tmp_path / "data", tmp_path / "out.png"
+    folder.mkdir()
+    (made.traces + np.int16(2050)).astype("<i2").tofile(folder / "locust_trial_01.raw")  # read at another rate, without truth
+    about = {"traces": made.traces, "gain_uV": GAIN_UV, "sampling_frequency": 30000, "positions": np.zeros((4, 3))}
+    about["positions"][:, :2] = made.probe.channel_locations
+    np.savez(folder / "cells.npz", sample=made.truth.sample_index, unit=made.truth.unit_index, peak_uV=80 * np.ones(3), **about)
+    rows = run("accuracy.py", tmp_path / "out.json", "--peerdata", str(folder), "--features", "light", "pca", "--plot", str(plot))
+    assert [(row["recording"], row["encoder"]) for row in rows] == [("cells", "huidurep-light"), ("cells", "pca-32")]
+    assert all(row["accuracy_mean"] > 0.5 and 0.8 < row["id_purity_clear"] <= 1 for row in rows)
+    report = json.loads((tmp_path / "out.json").read_text())
+    light, pca = report["without_truth"]
+    assert light["recording"] == "locust-tetrode" and light["seconds"] == pca["seconds"] == 36
+    assert all(len(row["published"]) == row["n_units_published"] > 0 for row in (light, pca))
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_accuracy_says_in_one_line_what_it_cannot_read(tmp_path: Path) -> None:
+    command = [sys.executable, str(FOLDER / "accuracy.py"), "--peerdata", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(FOLDER.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env)
+    assert done.returncode == 1 and done.stderr.strip().count("\n") == 0
+    assert f"folder {tmp_path}: no recording below" in done.stderr
 
 
 def test_encoder_is_compared_with_principal_components(tmp_path: Path) -> None:

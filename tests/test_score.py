@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from streamsort.compare import compare
 from streamsort.errors import StreamsortError
 from streamsort.records import SPIKE_DTYPE
-from streamsort.score import load_truth, score
+from streamsort.score import accuracy_in_windows, load_truth, overlapping_pairs, score
 from streamsort.simulate import SimulationConfig, Truth, truth, write_recording
+from streamsort.trust import Bin, calibration, separation
 
 pytestmark = pytest.mark.timeout(20)
 RATE = 10000.0  # delta of 0.4 ms: 4 samples
@@ -156,6 +158,131 @@ def test_id_stability_ignores_windows_in_which_the_unit_was_lost() -> None:
     assert unit.id_stability == 1.0
 
 
+@pytest.mark.parametrize(
+    ("hits", "misses", "false", "redundant"),
+    [
+        (1, 9, 1, 0),  # agreement 1 / 19 with the unit
+        (2, 0, 0, 1),  # 0.2; the other one has 0.8
+        (9, 0, 0, 1),  # 0.9 is the one that is matched, and the other one, with 0.8, is left over
+        (0, 3, 1, 0),
+    ],
+)
+def test_false_and_redundant_units(hits: int, misses: int, false: int, redundant: int) -> None:
+    samples = 1000 * np.arange(1, 11)
+    extra = [*samples[:hits], *(500 + samples[:misses])]
+    spikes = make_spikes([*samples[:8], *extra], [1] * 8 + [2] * len(extra))
+    result = score(spikes, make_truth(samples, [0] * 10), RATE)
+    assert (result.n_units_false, result.n_units_redundant) == (false, redundant)
+
+
+def test_best_but_bad_is_neither_false_nor_redundant() -> None:
+    result = score(make_spikes([1000, 2000], [1, 1]), make_truth(1000 * np.arange(1, 6), [0] * 5), RATE)
+    assert (result.n_units_found, result.n_units_false, result.n_units_redundant) == (1, 0, 0)  # agreement 0.4
+
+
+def forty_seconds(ids: Any) -> Any:
+    """Score one unit that fires ten times a second for 40 s; `ids` are those of its spikes."""
+    samples = np.arange(0, 40 * 10000, 1000)
+    return score(make_spikes(samples, ids), make_truth(samples, np.zeros(len(samples))), RATE, 0.0, 40.0).units[0]
+
+
+@pytest.mark.parametrize(
+    ("late", "purity"),
+    [([7] * 40, 1.0), ([7] * 30 + [8] * 10, 0.75), ([8] * 40, 0.0), ([-1] * 20 + [7] * 20, 1.0), ([-1] * 40, None)],
+)
+def test_id_purity_compares_the_last_tenth_with_the_first(late: list[int], purity: float | None) -> None:
+    assert forty_seconds([8] * 10 + [7] * 30 + [9] * 320 + late).id_purity == purity
+
+
+@pytest.mark.parametrize(
+    ("changes", "switches"),
+    [
+        ({}, 0),
+        ({50: 2}, 0),  # a single one
+        ({k: 2 for k in range(105, 115)}, 0),  # half a window
+        ({k: 2 for k in range(100, 111)}, 2),  # most of one, there and back
+        ({k: 2 for k in range(200, 400)}, 1),  # for good
+        ({k: -1 for k in range(100, 300)}, 0),  # lost and found again
+        ({**{k: -1 for k in range(100, 300)}, **{k: 2 for k in range(300, 400)}}, 1),
+        ({**{k: -1 for k in range(100, 200)}, 150: 2, 151: 2}, 0),  # two spikes hold no window
+    ],
+)
+def test_id_switches_are_changes_of_who_holds_a_window(changes: dict[int, int], switches: int) -> None:
+    assert forty_seconds([changes.get(k, 1) for k in range(400)]).id_switches == switches
+
+
+def test_windows_of_a_slow_unit_are_longer() -> None:
+    samples = np.arange(0, 200 * 10000, 10000)  # 1 Hz: windows of 10 s
+    ids = [2 if 40 <= k < 44 else 1 for k in range(200)]
+    unit = score(make_spikes(samples, ids), make_truth(samples, np.zeros(200)), RATE, 0.0, 200.0).units[0]
+    assert unit.id_switches == 0
+
+
+def test_two_ids_on_every_spike_are_no_switch() -> None:
+    samples = np.arange(0, 40 * 10000, 1000)
+    missing = np.arange(100, 110)  # id 1 is on fewer spikes of a window than id 2, but still on half of them
+    spikes = np.concatenate([make_spikes(np.delete(samples, missing[1:]), [1] * 391), make_spikes(samples, [2] * 400)])
+    assert score(spikes, make_truth(samples, np.zeros(400)), RATE, 0.0, 40.0).units[0].id_switches == 0
+
+
+def test_a_neighbour_that_is_right_lends_no_id() -> None:
+    samples = np.arange(0, 40 * 10000, 1000)
+    busy = np.arange(0, 40 * 10000, 500)  # the second unit fires with every spike of the first, and between them
+    units = np.repeat([0, 1], [len(samples), len(busy)])
+    order = np.argsort(np.concatenate([samples, busy]), kind="stable")
+    known = make_truth(np.concatenate([samples, busy])[order], units[order])
+    spikes = np.concatenate([make_spikes(samples[:300], [1] * 300), make_spikes(busy, [2] * len(busy))])  # lost for 10 s
+    lost = score(spikes, known, RATE, 0.0, 40.0).units[0]
+    assert (lost.unit_id, lost.id_purity, lost.id_switches) == (1, None, 0)
+
+
+def test_accuracy_in_windows_adds_up() -> None:
+    samples = np.arange(0, 25 * 10000, 1000)  # the last window, of 5 s, is long enough
+    ids = np.where((samples >= 10 * 10000) & (samples < 15 * 10000), 2, 1)
+    spikes = np.concatenate([make_spikes(samples, ids), make_spikes([205500], [1])])
+    compared = compare(spikes, make_truth(samples, np.zeros(len(samples))), RATE, 0.0, 25.0)
+    np.testing.assert_allclose(accuracy_in_windows(compared), [1.0, 0.5, 50 / 51])
+    short = compare(spikes, make_truth(samples[:100], np.zeros(100)), RATE, 0.0, 24.9)
+    np.testing.assert_array_equal(accuracy_in_windows(short), [1.0, np.nan])
+
+
+def test_overlapping_pairs_are_near_in_time_and_space() -> None:
+    known = make_truth([1000, 1005, 2000, 2006, 3000, 3005, 4000, 4005], [0, 1, 0, 1, 0, 2, 0, 0])
+    places = np.array([[0.0, 0.0], [60.0, 80.0], [0.0, 101.0]])
+    compared = compare(make_spikes([1000, 1005, 2000, 3000, 4000, 4005], [5, 6, 5, 5, 5, 5]), known, RATE)
+    units, both = overlapping_pairs(compared, places, within_ms=0.5)
+    assert units.tolist() == [[0, 1]] and both.tolist() == [True]
+    units, both = overlapping_pairs(compared, places, within_ms=1.0, within_um=101.0)
+    assert units.tolist() == [[0, 1], [0, 1], [0, 2]] and both.tolist() == [True, False, False]
+    places[1] = np.nan
+    assert len(overlapping_pairs(compared, places, within_ms=0.5)[0]) == 0
+
+
+def test_calibration_bins_and_error() -> None:
+    spikes = make_spikes([100, 200, 300, 400, 500, 600], [1, 1, 1, 1, -1, 2])
+    spikes["confidence"] = [0.92, 0.98, 1.0, 0.55, 0.3, 0.1]  # the unsorted one does not count, unit 2 is nobody
+    compared = compare(spikes, make_truth([100, 200, 310, 400, 500], [0] * 5), RATE)
+    result = calibration(compared, spikes["confidence"])
+    assert [(b.low, b.high, b.n_spikes) for b in result.bins] == [(0.1, 0.2, 1), (0.5, 0.6, 1), (0.9, 1.0, 3)]
+    np.testing.assert_allclose([b.right for b in result.bins], [0.0, 1.0, 2 / 3])
+    np.testing.assert_allclose([b.confidence for b in result.bins], [0.1, 0.55, 2.9 / 3], rtol=1e-6)
+    assert result.error == pytest.approx((0.1 + 0.45 + 3 * abs(2.9 - 2) / 3) / 5)
+    assert calibration(compare(spikes[4:5], make_truth([1], [0]), RATE), np.ones(1)).error is None
+
+
+def test_confidence_is_taken_from_the_right_spike_in_any_order() -> None:
+    spikes = make_spikes([400, 100, 200], [1, 1, 1])
+    spikes["confidence"] = [0.05, 1.0, 1.0]
+    compared = compare(spikes, make_truth([100, 200], [0, 0]), RATE)
+    assert calibration(compared, spikes["confidence"]).bins[0] == Bin(0.0, 0.1, 1, pytest.approx(0.05), 0.0)
+
+
+def test_separation_is_the_area_under_the_curve() -> None:
+    good = np.array([True, True, True, False])
+    assert [separation(marked, good) for marked in (good, ~good, np.ones(4, bool))] == [1.0, 0.0, 0.5]
+    assert separation(good, np.ones(4, bool)) is None and separation(good, np.zeros(4, bool)) is None
+
+
 def test_nothing_found_and_nothing_to_find() -> None:
     assert score(make_spikes([], []), make_truth([5], [0]), RATE).to_dict()["accuracy_mean"] == 0.0
     empty = score(make_spikes([5], [1]), make_truth([], []), RATE)
@@ -171,8 +298,12 @@ def test_to_dict_is_json() -> None:
         "precision_mean",
         "recall_mean",
         "id_stability_mean",
+        "id_purity_mean",
+        "id_switches",
         "n_units_true",
         "n_units_found",
+        "n_units_false",
+        "n_units_redundant",
     }
     assert set(table) == names | {"units"}
     assert {"unit_true", "unit_id", "n_true", "n_found", "tp", "accuracy", "precision", "recall"} <= set(table["units"][0])

@@ -42,6 +42,9 @@ def test_rechunking_any_blocks() -> None:
 def test_options() -> None:
     config = parse_options("units=5,snr=4:15,drift_kind=zigzag,drift_um=10,noise_uv=6.5")
     assert config == SimulationConfig(n_units=5, snr=(4.0, 15.0), drift_kind="zigzag", drift_um=10.0, noise_uv=6.5)
+    assert parse_options("half_um=15:25,pauses=0.3:60:660,far_units=9") == SimulationConfig(
+        half_um=(15.0, 25.0), pauses=(0.3, 60.0, 660.0), far_units=9
+    )
     assert parse_options("") == SimulationConfig()
 
 
@@ -59,6 +62,8 @@ def test_options() -> None:
         ("seconds=-1", "expected a positive number"),
         ("units=2.5", "units = '2.5', expected a whole number"),
         ("snr=4", "snr = '4', expected low:high"),
+        ("half_um=15:25:35", "half_um = '15:25:35', expected low:high"),
+        ("pauses=0.3:60", "pauses = '0.3:60', expected share:from_s:to_s"),
         ("snr=9:4", "expected two positive numbers"),
         ("drift_kind=up", "expected sine, zigzag or step"),
         ("probe=nothing", "probe_name = 'nothing'"),

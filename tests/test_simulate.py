@@ -1,23 +1,30 @@
 """Simulated recordings: the truth is in the traces, shapes and noise are as asked for, and everything follows from the seed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.signal import welch
+from scipy.signal import butter, sosfiltfilt
 
+from streamsort import cli
+from streamsort.background import artifact_samples
 from streamsort.errors import StreamsortError
+from streamsort.neurons import draw_far_units, potentials, take
 from streamsort.probe import Probe
 from streamsort.score import load_truth
 from streamsort.simulate import (
     GAIN_UV,
+    PROBES,
     SimulationConfig,
-    _draw_spikes,
+    Units,
     _spike_adder,
+    band_snr,
     displacement_um,
     draw_units,
+    drift_share,
     named_probe,
     simulate_recording,
     simulated_blocks,
@@ -32,7 +39,7 @@ pytestmark = pytest.mark.timeout(20)
 
 @pytest.mark.parametrize(
     ("name", "n_channels"),
-    [("linear32", 32), ("grid32", 32), ("tetrode", 4), ("single", 1), ("neuropixels128", 128), ("neuropixels384", 384)],
+    [("linear32", 32), ("grid32", 32), ("tetrode", 4), ("single", 1), *((f"neuropixels{n}", n) for n in (64, 128, 384))],
 )
 def test_probes_have_distinct_contacts(name: str, n_channels: int) -> None:
     probe = named_probe(name)
@@ -86,30 +93,42 @@ def test_delays_are_small_and_present() -> None:
     assert 0.05 < np.quantile(late_ms, 0.9) <= 0.25 and late_ms.max() <= 0.9  # a branch may be deepest late
 
 
+def halving_um(units: Units, unit: int, pitch_um: float = 2.5) -> float:
+    """Radius of the circle as large as the part of a dense probe on which a unit's trough is above half its deepest."""
+    steps = np.arange(-60.0, 60.0, pitch_um)
+    places = np.stack(np.meshgrid(steps, steps), axis=-1).reshape(-1, 2) + units.sources_um[unit, 0, :2]
+    wave = potentials(take(units, slice(unit, unit + 1)), places[None], np.zeros(1), np.arange(-0.6, 0.9, 0.05, np.float32))[0]
+    depth = -wave.min(axis=0)
+    return float(np.sqrt(np.count_nonzero(depth > depth.max() / 2) * pitch_um**2 / np.pi))
+
+
+@pytest.mark.parametrize("name", ["neuropixels64", "tetrode"])
+def test_sharp_footprints_halve_where_asked(name: str) -> None:
+    units = draw_units(24, named_probe(name), 30000.0, seed=3, half_um=(15.0, 25.0))
+    halves = np.array([halving_um(units, unit) for unit in range(24)])
+    assert 13.5 < halves.min() < 17.5 and 22.5 < halves.max() < 28 and np.mean((halves > 15) & (halves < 25)) > 0.8
+    usual = draw_units(24, named_probe(name), 30000.0, seed=3)
+    assert np.median([halving_um(usual, unit) for unit in range(24)]) > 30
+    np.testing.assert_array_equal(units.snr, usual.snr)
+
+
+@pytest.mark.parametrize("name", ["neuropixels64", "tetrode"])
+@pytest.mark.parametrize("kind", ["sine", "zigzag", "step"])
+def test_sharp_units_stay_in_sight_and_change_as_they_drift(name: str, kind: Any) -> None:
+    config = SimulationConfig(probe_name=name, n_units=12, half_um=(15.0, 25.0), drift_um=20.0, drift_kind=kind, seed=5)
+    probe, units = named_probe(name), units_of(config)
+    moved_um = np.unique(displacement_um(config, np.linspace(0, 120, 9)).round())
+    depths = -np.array([templates_at(units, probe, um).min(axis=(1, 2)) for um in moved_um])
+    assert {moved_um.min(), moved_um.max()} == ({0.0, 20.0} if kind == "step" else {-20.0, 20.0})
+    np.testing.assert_allclose(-templates_at(units, probe).min(axis=(1, 2)) / 8.0, units.snr, rtol=1e-3)
+    ratio = depths / depths[moved_um == 0]
+    assert 0.4 < ratio.min() < 0.85 and 1.1 < ratio.max() < 2.5
+
+
 def test_drift_moves_the_footprint_along_the_probe() -> None:
     probe = Probe.linear(32, pitch_um=20.0)
     units = draw_units(5, probe, 30000.0, seed=4)
     np.testing.assert_allclose(templates_at(units, probe, 40.0)[:, :, 2:], templates_at(units, probe)[:, :, :-2], atol=0.25)
-
-
-def test_spike_trains_are_refractory_and_have_the_rates_asked_for() -> None:
-    config = SimulationConfig(seconds=400, n_units=8, rates_hz=(2, 10), bursting=0.5, seed=5)
-    sample_index, unit_index = truth(config)
-    assert np.all(np.diff(sample_index) >= 0) and sample_index.dtype == np.int64 and unit_index.dtype == np.int32
-    short = []
-    for unit in range(8):
-        intervals = np.diff(sample_index[unit_index == unit])
-        assert intervals.min() >= 89  # 3 ms, less one for rounding
-        assert 1.7 < len(intervals) / 400 < 11.5
-        short.append(np.mean(intervals < 0.0081 * 30000))
-    assert sorted(np.array(short) > 0.3) == [False] * 4 + [True] * 4
-
-
-def test_silences_hold() -> None:
-    config = SimulationConfig(seconds=30, n_units=3, silences=((1, 10.0, 20.0),))
-    sample_index, unit_index = truth(config)
-    inside = (sample_index >= 300_000) & (sample_index < 600_000)
-    assert set(unit_index[inside]) == {0, 2} and set(unit_index[~inside]) == {0, 1, 2}
 
 
 def test_truth_marks_the_troughs_in_the_traces() -> None:
@@ -142,37 +161,6 @@ def test_blocks_of_any_size_get_the_same_spikes() -> None:
         np.testing.assert_array_equal(np.concatenate(pieces), whole)
     blocks = np.concatenate(list(simulated_blocks(config)))
     np.testing.assert_array_equal(blocks, np.rint(whole / GAIN_UV))
-
-
-def test_amplitude_falls_within_a_burst_and_recovers_after_it() -> None:
-    config = SimulationConfig(seconds=100, n_units=1, rates_hz=(10, 10), bursting=1.0, amplitude_jitter=0.0)
-    spikes = _draw_spikes(config)
-    short = np.diff(spikes.truth.sample_index) <= 240  # 8 ms
-    assert 200 < short.sum() < 600
-    ratio = spikes.amplitude[1:] / spikes.amplitude[:-1]
-    np.testing.assert_allclose(ratio[short & (ratio < 1)], 0.85, rtol=1e-5)
-    assert np.mean(ratio[short] < 1) > 0.9  # a long interval may by chance be short too
-    assert np.all(spikes.amplitude[1:][~short] == 1.0)
-
-
-def test_noise_has_the_level_and_the_reach_asked_for() -> None:
-    traces = simulate_recording(SimulationConfig(seconds=3, probe_name="linear32", n_units=0, noise_uv=7.0)).traces * GAIN_UV
-    np.testing.assert_allclose(traces.std(axis=0), 7.0, rtol=0.03)
-    correlation = np.corrcoef(traces.T)
-    assert np.mean(np.diag(correlation, 1)) == pytest.approx(np.exp(-20 / 25), abs=0.02)
-    assert np.mean(np.diag(correlation, 3)) == pytest.approx(np.exp(-60 / 25), abs=0.02)
-    assert abs(np.mean(traces[1:] * traces[:-1])) < 1.0
-
-
-def test_field_potential_is_slow_and_continuous() -> None:
-    config = SimulationConfig(seconds=8, probe_name="tetrode", n_units=0, noise_uv=0.0, lfp_uv=100.0)
-    traces = np.concatenate(list(simulated_blocks(config))) * GAIN_UV
-    assert 50 < traces.std() < 200
-    frequency, power = welch(traces[:, 0], 30000.0, nperseg=60000)
-    at = {hz: power[np.argmin(np.abs(frequency - hz))] for hz in (3, 30, 1000)}
-    assert 3 < at[3] / at[30] < 40 and at[30] / at[1000] > 1e4
-    steps = np.abs(np.diff(traces, axis=0))
-    assert steps[29999::30000].max() <= steps.max() and steps.max() < 10
 
 
 @pytest.mark.parametrize("drift", [{}, {"drift_um": 15.0, "lfp_uv": 20.0, "bursting": 0.5}])
@@ -215,8 +203,70 @@ def test_drift_is_in_the_traces() -> None:
     assert late == early + 2
 
 
+def test_a_gradient_makes_drift_less_at_the_foot_and_the_traces_show_it() -> None:
+    base = SimulationConfig(seconds=10, probe_name="linear32", drift_um=40.0, drift_kind="step", drift_period_s=10.0, seed=2)
+    config = replace(base, n_units=2, rates_hz=(30, 30), snr=(15, 15), drift_gradient=1.0)
+    np.testing.assert_allclose(drift_share(config, np.array([0.0, 310.0, 620.0])), [0.0, 0.5, 1.0])
+    np.testing.assert_array_equal(drift_share(replace(config, drift_gradient=0.0), np.array([0.0, 900.0])), 1.0)
+    np.testing.assert_array_equal(drift_share(replace(config, probe_name="single"), np.array([5.0])), 1.0)
+    recording = simulate_recording(config)
+    share = drift_share(config, recording.units.sources_um[:, 0, 1])
+    before, after = templates_at(recording.units, recording.probe), templates_at(recording.units, recording.probe, 40.0 * share)
+    assert np.abs(before - after).max() > 20
+    row = recording.units.n_before
+    for unit in range(2):
+        at = recording.truth.sample_index[recording.truth.unit_index == unit]
+        for part, expected in ((at < 150_000, before), (at >= 150_000, after)):
+            mean = recording.traces[at[part]].mean(axis=0) * GAIN_UV
+            assert np.abs(mean - expected[unit, row]).max() < 0.12 * 15 * 8
+
+
+def test_distant_neurons_add_hash_that_is_not_in_the_truth() -> None:
+    quiet = SimulationConfig(seconds=2, probe_name="tetrode", n_units=2, seed=4)
+    config = replace(quiet, far_units=300)
+    hash_uv = (simulate_recording(config).traces - simulate_recording(quiet).traces) * GAIN_UV
+    np.testing.assert_array_equal(truth(config).sample_index, truth(quiet).sample_index)
+    assert 2.0 < hash_uv.std() < 16.0 and np.abs(hash_uv).max() < 80.0
+    assert np.corrcoef(hash_uv.T).min() > 0.5  # from afar contacts hear the same
+    far = draw_far_units(50, config.probe, 30000.0, 4, 8.0)
+    assert far.snr.max() < 2 and -templates_at(far, config.probe).min() < 2 * 8.0
+
+
+def test_what_is_added_leaves_the_neurons_as_they_were() -> None:
+    plain = SimulationConfig(seconds=2, probe_name="tetrode", n_units=4, noise_uv=0.0, seed=4)
+    added = replace(plain, artifacts_hz=2.0, far_units=20, lfp_uv=30.0, noise_uv=8.0)
+    for name in ("sources_um", "width_ms", "snr"):
+        np.testing.assert_array_equal(getattr(units_of(plain), name), getattr(units_of(added), name))
+    np.testing.assert_array_equal(truth(plain).sample_index, truth(added).sample_index)
+
+
+def test_band_snr_is_what_the_traces_show() -> None:
+    config = SimulationConfig(
+        seconds=40, probe_name="tetrode", n_units=3, rates_hz=(4, 8), far_units=100, lfp_uv=30.0, amplitude_jitter=0.0, seed=6
+    )
+    recording = simulate_recording(config)
+    band = butter(3, [300.0, 6000.0], "bandpass", fs=30000.0, output="sos")
+    traces = sosfiltfilt(band, recording.traces * GAIN_UV, axis=0)
+    alone = sosfiltfilt(band, simulate_recording(replace(config, n_units=0)).traces * GAIN_UV, axis=0)
+    for unit, snr in enumerate(band_snr(config)[0]):
+        at = recording.truth.sample_index[recording.truth.unit_index == unit]
+        mean = np.mean([traces[k - 15 : k + 15] for k in at], axis=0)
+        assert -(mean / alone.std(axis=0)).min() == pytest.approx(snr, rel=0.1)
+    moved = band_snr(config, np.array([0.0, 100.0]))
+    assert moved.shape == (2, 3) and np.all(moved[1] < moved[0])
+
+
 def test_written_recording_is_the_simulated_one(tmp_path: Path) -> None:
-    config = SimulationConfig(seconds=2.2, probe_name="tetrode", n_units=3, drift_um=5.0)
+    config = SimulationConfig(
+        seconds=2.2,
+        probe_name="tetrode",
+        n_units=3,
+        drift_um=5.0,
+        drift_gradient=1.0,
+        pairs=0.2,
+        pauses=(0.5, 1.0, 2.0),
+        artifacts_hz=2,
+    )
     done: list[float] = []
     write_recording(config, tmp_path / "out", progress=done.append)
     folder = tmp_path / "out" / "recording"
@@ -230,8 +280,17 @@ def test_written_recording_is_the_simulated_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_truth(tmp_path / "out").sample_index, recording.truth.sample_index)
     np.testing.assert_array_equal(load_truth(tmp_path / "out").unit_index, recording.truth.unit_index)
     assert len(done) == 3 and done[-1] == 1.0
-    assert np.load(tmp_path / "out" / "motion.npy").shape[1] == 2
-    assert json.loads((tmp_path / "out" / "simulation.json").read_text())["unit_snr"] == units_of(config).snr.tolist()
+    about = json.loads((tmp_path / "out" / "simulation.json").read_text())
+    assert about["unit_snr"] == units_of(config).snr.tolist()
+    np.testing.assert_allclose(about["unit_snr_band"], band_snr(config)[0])
+    low, high = np.transpose(about["unit_snr_band_range"])
+    assert np.all(low <= about["unit_snr_band"]) and np.all(about["unit_snr_band"] <= high) and np.any(low < high)
+    assert [silence[1:] for silence in about["unit_silences"]] == [[1.0, 2.0]] * 2
+    assert len(about["unit_pairs"]) == 1 and about["artifact_samples"] == artifact_samples(config).tolist()
+    motion, unit_motion = np.load(tmp_path / "out" / "motion.npy"), np.load(tmp_path / "out" / "unit_motion.npy")
+    np.testing.assert_array_equal(motion[:, 1], displacement_um(config, motion[:, 0]))
+    heights = np.array(about["unit_positions_um"])[:, 1]
+    np.testing.assert_allclose(unit_motion, motion[:, 1:] * heights / 25.0, atol=1e-9)
 
 
 def test_writing_over_something_is_refused(tmp_path: Path) -> None:
@@ -254,6 +313,14 @@ def test_writing_over_something_is_refused(tmp_path: Path) -> None:
         ("drift_um", -1),
         ("noise_uv", float("nan")),
         ("bursting", 1.5),
+        ("half_um", (25, 15)),
+        ("half_um", (0, 15)),
+        ("far_units", -1),
+        ("artifacts_hz", 1000),
+        ("drift_gradient", 3),
+        ("pairs", -0.1),
+        ("pauses", (1.1, 0, 1)),
+        ("pauses", (0.5, 2, 1)),
         ("silences", ((99, 0.0, 1.0),)),
         ("sampling_frequency", 100),
     ],
@@ -262,3 +329,16 @@ def test_bad_config_names_the_field(field: str, value: Any) -> None:
     with pytest.raises(StreamsortError, match=f"simulation: {field} = ") as caught:
         SimulationConfig(**{field: value})
     assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_takes_every_field_a_user_may_want(tmp_path: Path) -> None:
+    options = "--half-um 15 25 --far-units 7 --artifacts-hz 0.5 --drift-um 3 --drift-gradient 0.5 --pairs 0.25 --pauses 0.5 0.1 0.4"
+    assert cli.main(["simulate", str(tmp_path / "s"), "--seconds", "0.5", "--units", "2", *options.split()]) == 0
+    given = json.loads((tmp_path / "s" / "simulation.json").read_text())["config"]
+    assert (given["half_um"], given["far_units"], given["artifacts_hz"], given["pairs"]) == ([15.0, 25.0], 7, 0.5, 0.25)
+    assert (given["drift_gradient"], given["pauses"]) == (0.5, [0.5, 0.1, 0.4])
+
+
+@pytest.mark.parametrize("probe", PROBES)
+def test_the_command_line_takes_every_probe(probe: str) -> None:
+    assert cli._parser().parse_args(["simulate", "out", "--probe", probe]).probe_name == probe

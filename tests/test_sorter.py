@@ -49,7 +49,9 @@ def chunks(traces: NDArray[Any], sizes: Iterable[int]) -> Iterable[Chunk]:
 
 def sort(recording: Recording, sizes: Iterable[int], config: SorterConfig = CONFIG) -> tuple[Sorter, list[Output]]:
     sorter = Sorter(config, stream_info(recording))
-    return sorter, [output for chunk in chunks(recording.traces, sizes) for output in sorter.process(chunk)]
+    outputs = [output for chunk in chunks(recording.traces, sizes) for output in sorter.process(chunk)]
+    outputs[-1].ledger.extend(sorter.take_events())  # those of the last boundary
+    return sorter, outputs
 
 
 def spikes_of(outputs: Iterable[Output]) -> NDArray[Any]:

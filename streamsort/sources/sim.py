@@ -1,15 +1,15 @@
 """A simulated recording as a source: `sim:seconds=60,units=12,probe=grid32,drift_um=10,seed=1`.
 
-The keys are the fields of `SimulationConfig` (`units` and `probe` are short for `n_units` and `probe_name`); a range is written
-`snr=4:15`. Samples come as int16 with the headstages' usual gain, in chunks of the wished length, at once or paced. A thread makes
-the next second while this one is delivered: that takes many times as long as a chunk lasts.
+The keys are the fields of `SimulationConfig` (`units` and `probe` are short for `n_units` and `probe_name`); several numbers are
+written `snr=4:15` or `pauses=0.3:60:660`. Samples come as int16 with the headstages' usual gain, in chunks of the wished length, at
+once or paced. A thread makes the next second while this one is delivered: that takes many times as long as a chunk lasts.
 """
 
 import difflib
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,17 +110,17 @@ def parse_options(options: str) -> SimulationConfig:
 
 
 def _convert(kind: Any, text: str, key: str) -> Any:
-    """Turn the text of an option into what the field takes; a range is written low:high."""
+    """Turn the text of an option into what the field takes; several numbers are written with colons between them."""
+    several = next((get_args(part) for part in (kind, *get_args(kind)) if get_origin(part) is tuple), ())
     try:
         if kind is int:
             return int(text)
         if kind is float:
             return _finite(text)
-        if kind == tuple[float, float]:
-            low, high = text.split(":")
-            return _finite(low), _finite(high)
+        if several:
+            return tuple(_finite(part) for _, part in zip(several, text.split(":"), strict=True))
     except ValueError:
-        wanted = {int: "a whole number", float: "a number"}.get(kind, "low:high")
+        wanted = {int: "a whole number", float: "a number"}.get(kind, "low:high" if len(several) == 2 else "share:from_s:to_s")
         raise StreamsortError(f"sim: {key} = {text!r}, expected {wanted}") from None
     return text
 
