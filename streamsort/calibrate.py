@@ -48,6 +48,8 @@ class Calibration:
         Mean squared distance of the members over n_dims.
     template : ndarray, shape (n_prototypes, n_snippet_samples, n_neighbors), float32
         Mean snippet in noise units, channels in the order of the peak channel's neighbours.
+    label : ndarray, shape (n_peaks,), int64
+        The unit of each peak, -1 for none.
     """
 
     whitening: Floats
@@ -57,6 +59,40 @@ class Calibration:
     mean: Floats
     spread: Floats
     template: Floats
+    label: Ints
+
+    def regrouped(self, unit: Ints, channel: NDArray[Any], embeddings: Floats, snippets: Floats, n_least: int) -> "Calibration":
+        """Return prototypes of other units, one on each channel with `n_least` of a unit's peaks; reject prototypes stay.
+
+        Parameters
+        ----------
+        unit : ndarray, shape (n_peaks,), int64
+            The unit each peak is of, -1 for none.
+        channel : ndarray, shape (n_peaks,), integer
+        embeddings : ndarray, shape (n_peaks, n_dims), float32
+        snippets : ndarray, shape (n_peaks, n_snippet_samples, n_neighbors), float32
+            In noise units.
+        n_least : int
+        """
+        white = embeddings @ self.whitening
+        groups, member = np.unique(np.stack([unit, channel.astype(np.int64)], axis=1), axis=0, return_inverse=True)
+        members = [np.flatnonzero(member.reshape(-1) == k) for k in range(len(groups))]
+        members = [m for m, (name, _) in zip(members, groups.tolist(), strict=True) if name >= 0 and len(m) >= n_least]
+        reject = self.unit < 0
+        mean = np.array([white[m].mean(axis=0) for m in members], np.float32).reshape(len(members), white.shape[1])
+        spread = np.array([np.mean((white[m] - mean[k]) ** 2) for k, m in enumerate(members)], np.float32)
+        template = np.array([snippets[m].mean(axis=0) for m in members], np.float32).reshape(len(members), *snippets.shape[1:])
+        size = np.array([len(m) for m in members], np.int64)
+        return Calibration(
+            self.whitening,
+            np.concatenate([np.array([channel[m[0]] for m in members], np.int64), self.channel[reject]]),
+            np.concatenate([np.array([unit[m[0]] for m in members], np.int64), self.unit[reject]]),
+            np.concatenate([size, self.n_spikes[reject]]),
+            np.concatenate([mean, self.mean[reject]]),
+            np.concatenate([spread, self.spread[reject]]),
+            np.concatenate([template, self.template[reject]]),
+            unit,
+        )
 
 
 def calibrate(
@@ -124,9 +160,9 @@ def calibrate(
     spread = np.array([np.mean((white[m] - mean[k]) ** 2) for k, m in enumerate(members)], np.float32)
     # What is too small for a unit is forgotten: as a reject prototype it would swallow the unit it may belong to.
     kept = reject | (total >= config.min_spikes)
-    return Calibration(
-        whitening, home[kept], _renumber(unit[kept], size[kept]), size[kept], mean[kept], spread[kept], template[kept]
-    )
+    names = np.full(n_clusters + 1, -1, np.int64)  # by cluster; the last is that of peaks in none
+    names[:-1][kept] = _renumber(unit[kept], size[kept])
+    return Calibration(whitening, home[kept], names[:-1][kept], size[kept], mean[kept], spread[kept], template[kept], names[cluster])
 
 
 def _by_channel(channel: Ints) -> list[Ints]:

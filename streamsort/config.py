@@ -133,6 +133,30 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class MatchConfig:
+    """Templates and how they are matched."""
+
+    ms_before: float = 0.6
+    ms_after: float = 0.8  # look-ahead, together with sweep_ms
+    n_channels: int = 12  # of a template: those where it is largest
+    radius_um: float = 120.0  # and which lie this near its largest
+    n_ranks: int = 3
+    sweep_ms: float = 0.2  # of two rivals within this, the one that explains more is subtracted first
+    refractory_ms: float = 1.0  # a unit does not fire twice within this
+    rounds: int = 6  # overlapping spikes looked for at one place
+    amplitude_spread: float = 0.13  # standard deviation of a spike's size over its unit's
+    tolerance: float = 0.1  # of a subtracted spike, so much may be left and is not taken for another
+
+    def __post_init__(self) -> None:
+        for name in ("ms_before", "ms_after", "sweep_ms", "refractory_ms", "amplitude_spread"):
+            _require(getattr(self, name) > 0, f"match.{name}", getattr(self, name), "a positive number")
+        for name in ("n_channels", "n_ranks", "rounds"):
+            _require(getattr(self, name) >= 1, f"match.{name}", getattr(self, name), "1 or more")
+        for name in ("radius_um", "tolerance"):
+            _require(getattr(self, name) >= 0, f"match.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
 class RefreshConfig:
     """A new encoder for a running stream: what is remembered to judge it by, and how like the old one it must sort."""
 
@@ -189,6 +213,7 @@ class SorterConfig:
     snippets: SnippetConfig = field(default_factory=SnippetConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    match: MatchConfig = field(default_factory=MatchConfig)
     refresh: RefreshConfig = field(default_factory=RefreshConfig)
     stream: StreamConfig = field(default_factory=StreamConfig)
 

@@ -1,24 +1,30 @@
 """What a sorter knows of the units, and changes at learning boundaries alone.
 
-Peaks come in with what they were taken for; kept are the prototypes, the registry of units with its ledger, and the memory of the
-recent past. At the first boundary the peaks gathered so far become units; at later ones the units follow their spikes, and spikes
-that fitted none may open a new one. Another encoder may take the place of the one in force: the prototypes then move to its space.
+Spikes and peaks come in with what they were taken for; kept are the templates, the prototypes of the embeddings, the displacement of
+the tissue, the registry of units with its ledger, and the memory of the recent past. At the first boundary all that was gathered
+becomes units; at later ones the units follow their spikes, all of them move when the tissue does at once, and peaks that fitted none
+may open a new one. Another encoder may take the place of the one in force: the prototypes then move to its space.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.calibrate import calibrate, template_mismatch
+from streamsort.assign import SAME_SPIKE_MS, Assign, Explained, explain
+from streamsort.calibrate import Calibration, calibrate, template_mismatch
 from streamsort.cluster import Assignment, Newcomer, Prototypes, Space
 from streamsort.config import SorterConfig
+from streamsort.match import Match
+from streamsort.motion import Motion
 from streamsort.probe import Probe
-from streamsort.records import PEAK_DTYPE, UNSORTED, PeakBatch
+from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch
+from streamsort.refine import find_units
 from streamsort.reservoir import Member, Memory, Period, Reservoir
 from streamsort.snippets import Snippets
 from streamsort.units import Registry
+from streamsort.warmup import Warmup
 
 Floats = NDArray[np.float32]
 
@@ -48,14 +54,20 @@ class Learner:
     def __init__(self, config: SorterConfig, probe: Probe, sampling_frequency: float, snippets: Snippets, n_dims: int) -> None:
         self._config, self._probe, self._rate, self._snippets = config, probe, sampling_frequency, snippets
         self.prototypes: Prototypes | None = None
+        self.assign: Assign | None = None
         self.registry = Registry(sampling_frequency)
         self.memory = Memory(config.refresh, sampling_frequency)
+        self.motion = Motion(probe, snippets, sampling_frequency, config.cluster.period_s, config.seed)
+        self._warmup = Warmup()
         snippet_shape = snippets.n_before + snippets.n_after, config.snippets.n_neighbors
         self._reservoir = Reservoir(probe.n_channels, n_dims, snippet_shape, config.seed)
-        self._taught: list[tuple[PeakBatch, Assignment, NDArray[Any]]] = []
+        self._near = probe.neighbors(config.match.radius_um)
+        self._moving: list[tuple[Floats, NDArray[Any]]] = []
+        self._taught: list[Explained] = []
+        self._published: list[tuple[NDArray[Any], Floats, Floats]] = []
 
     def warmup(self, n_dims: int) -> None:
-        """Call each kernel once, on a scratch copy."""
+        """Call each kernel once, on scratch data."""
         rng = np.random.default_rng(0)
         n = 64
         peaks = np.zeros(n, PEAK_DTYPE)
@@ -63,99 +75,190 @@ class Learner:
         shape = n, self._snippets.n_before + self._snippets.n_after, self._config.snippets.n_neighbors
         snippets = rng.normal(size=shape).astype(np.float32)
         embeddings = rng.normal(size=(n, n_dims)).astype(np.float32)
-        prototypes = self._cluster(peaks, embeddings, snippets, np.full(n, 10.0, np.float32), Registry(self._rate), 0)
+        clusters = self._clusters(peaks, embeddings, snippets, np.full(n, 10.0, np.float32))
+        prototypes = Prototypes(clusters, list(range(n)), self._snippets.neighbors, 4.0, self._config.cluster)
         prototypes.learn(prototypes.predict(embeddings, peaks["channel"]), peaks, snippets)
         template_mismatch(snippets[0], snippets[1], self._snippets.neighbors[0], self._snippets.neighbors[0], 0.0)
+        Match(self._config.match, self._probe.n_channels, self._rate).warmup(self._config.match)
 
     def gather(self, batch: PeakBatch, embeddings: Floats) -> None:
-        """Keep peaks for calibration."""
-        self._reservoir.add(batch.peaks, embeddings, _noise_units(batch.snippets, batch.noise_level))
+        """Keep traces and peaks for calibration."""
+        self._warmup.add(batch)
+        if len(batch.peaks):
+            snippets = noise_units(batch.snippets, batch.noise_level)
+            self._moving.append((snippets, batch.peaks["channel"]))
+            self._reservoir.add(batch.peaks, embeddings, snippets)
+
+    def follow_tissue(self) -> None:
+        """End a period: take the displacement from its peaks."""
+        self._warmup.close()
+        n_channels = self._snippets.neighbors.shape[1]
+        none = np.zeros((0, self._snippets.n_before + self._snippets.n_after, n_channels), np.float32), np.zeros(0, np.uint16)
+        snippets, channels = zip(*self._moving or [none], strict=True)
+        self._moving = []
+        self.motion.update(np.concatenate(snippets), np.concatenate(channels))
 
     def calibrate(self, sample_index: int) -> None:
         """Make units of what was gathered."""
         peaks, embeddings, snippets = self._reservoir.take()
         heights = np.abs(snippets[:, self._snippets.n_before, 0])
-        self.prototypes = self._cluster(peaks, embeddings, snippets, heights, self.registry, sample_index)
+        clusters = self._clusters(peaks, embeddings, snippets, heights)
+        noise = self._warmup.channel_noise
+        if noise is None:
+            noise = np.zeros(self._probe.n_channels, np.float32)
+        bank, matches = find_units(self._config, self._probe, self._rate, self._warmup, peaks, clusters)
+        order = np.argsort(-np.bincount(matches["row"], minlength=len(bank)), kind="stable")
+        names = np.zeros(len(bank), np.int64)
+        for row in order.tolist():
+            names[row] = self.registry.born(sample_index, "calibration")
+        row = explain(peaks, matches, bank.templates.place, self._same_samples())
+        clusters = clusters.regrouped(row, peaks["channel"], embeddings, snippets, self._config.cluster.min_members)
+        config = self._config
+        self.prototypes = Prototypes(
+            clusters, names.tolist(), self._snippets.neighbors, config.detect.detect_threshold, config.cluster, config.seed
+        )
+        self.assign = Assign(config, self._probe.n_channels, self._rate, noise, bank, names.tolist())
+        if len(self._warmup):  # run in, so that nothing is lost between the last peaks and the first matches
+            start, traces = self._warmup[-1]
+            self.assign.run_in(start, traces)
+        self._warmup = Warmup()
+        for row in range(len(bank)):
+            self._place(row)
         found = self.prototypes.predict(embeddings, peaks["channel"])
-        most = self._config.refresh.snippets
-        self.memory.add_members(self.prototypes.surely(found), peaks, found.white, snippets, most)
+        self.memory.add_members(self.prototypes.surely(found), peaks, found.white, snippets, config.refresh.snippets)
 
-    def teach(self, batch: PeakBatch, assignment: Assignment, spikes: NDArray[Any]) -> None:
-        """Keep what peaks were taken for, until the next boundary; `spikes` are what was published of them."""
-        self._taught.append((batch, assignment, spikes))
+    def name(self, assign: Assign, prototypes: Prototypes, batch: PeakBatch, embeddings: Floats) -> NDArray[np.void]:
+        """Return the spikes that are decided by this batch, matched or not, and keep what they teach until the next boundary."""
+        if len(batch.peaks):
+            self._moving.append((noise_units(batch.snippets, batch.noise_level), batch.peaks["channel"]))
+        matches, explained = assign(batch, prototypes.predict(embeddings, batch.peaks["channel"]))
+        spikes = assign.spikes(matches)
+        spikes["flags"] |= self.registry.flags(spikes["unit_id"])
+        if len(matches):
+            energy = assign.bank.templates.energy[matches["row"]]
+            self._published.append((spikes, self._heights(assign, spikes), (energy - matches["gain"]) / np.sqrt(energy + 1)))
+        if explained is None:
+            return spikes
+        self._taught.append(explained)
+        return np.concatenate([spikes, as_spikes(explained.peaks[explained.unit < 0])])
 
-    def learn(self, prototypes: Prototypes, boundary: int) -> None:
+    def learn(self, assign: Assign, prototypes: Prototypes, boundary: int) -> None:
         """End a learning period: units follow, fall silent, appear."""
+        self.follow_tissue()
+        matches, snippets = assign.match.settled()
+        assign.bank.learn(matches, snippets, self._config.cluster.period_s)
+        if self.motion.stepped:
+            self._step(assign, boundary)
         if self._taught:
-            batches, assignments, spikes = zip(*self._taught, strict=True)
-            self._taught = []
-            assignment = Assignment.join(assignments)
-            snippets = np.concatenate([batch.snippets for batch in batches])
-            snippets = _noise_units(snippets, np.concatenate([batch.noise_level for batch in batches]))
-            peaks = _joined([batch.peaks for batch in batches])
-            self.memory.add_period(Period(peaks, assignment.unit, assignment.white, snippets))
-            self.memory.add_members(prototypes.surely(assignment), peaks, assignment.white, snippets)
-            prototypes.learn(assignment, peaks, snippets)
-            heights = np.abs(snippets[:, self._snippets.n_before, 0])
-            self.registry.see(_joined(spikes), heights, assignment.distance, boundary)
+            self._teach(prototypes)
+        if self._published:
+            spikes, heights, distance = (np.concatenate(part) for part in zip(*self._published, strict=True))
+            self._published = []
+            order = np.argsort(spikes["sample_index"], kind="stable")
+            y_um = np.array([self.registry.units[name].y_um for name in spikes["unit_id"].tolist()], np.float32)
+            self.registry.see(spikes[order], heights[order], distance[order], boundary, y_um=y_um[order])
         self.registry.note_silence(boundary)
+        for row in assign.bank.remade:
+            self._place(row)
         oldest = boundary - round(self._config.cluster.birth_s * self._rate)
         for newcomer in prototypes.discover(oldest):
-            self._welcome(prototypes, newcomer, boundary)
+            self._welcome(assign, prototypes, newcomer, boundary)
+        assign.refresh()
+
+    def _teach(self, prototypes: Prototypes) -> None:
+        """Let prototypes follow the peaks that spikes explain, and remember those that nothing does."""
+        taught, self._taught = self._taught, []
+        assignment = Assignment.join([one.assignment for one in taught])
+        peaks, unit, strange = (np.concatenate([getattr(one, name) for one in taught]) for name in ("peaks", "unit", "strange"))
+        snippets = noise_units(
+            np.concatenate([one.snippets for one in taught]), np.concatenate([one.noise_level for one in taught])
+        )
+        self.memory.add_period(Period(peaks, assignment.unit, assignment.white, snippets))
+        agreed = (unit >= 0) & (assignment.unit == unit)
+        self.memory.add_members(np.where(agreed, prototypes.surely(assignment), -1), peaks, assignment.white, snippets)
+        use = agreed | (strange & (assignment.distance > 0))
+        prototypes.learn(assignment.take(use), peaks[use], snippets[use])
+
+    def _step(self, assign: Assign, boundary: int) -> None:
+        """Move all templates with the tissue, at once; they then learn fast."""
+        bank = assign.bank
+        depths = np.array([self.registry.units[name].y_um if name >= 0 else 0.0 for name in assign.unit_ids])
+        change = np.interp(depths, self.motion.depth_um, self.motion.change_um)
+        bank.move(change, self._near, self._probe.channel_locations)
+        self.registry.record(
+            "drift_step", boundary, None, f"tissue moved by {float(self.motion.change_um[np.abs(self.motion.change_um).argmax()]):.0f} um"
+        )
+
+    def _heights(self, assign: Assign, spikes: NDArray[Any]) -> Floats:
+        heights: Floats = np.abs(spikes["amplitude_uv"]) / assign.channel_noise[spikes["channel"]]
+        return heights
+
+    def _same_samples(self) -> int:
+        return round(SAME_SPIKE_MS * self._rate / 1000)
 
     def move(self, prototypes: Prototypes, space: Space, members: Mapping[int, tuple[Member, ...]]) -> None:
         """Take all units to another encoder's space; `members` are what the memory held, as it embeds them."""
         self.prototypes = prototypes.in_space(space)
         self.memory = Memory(self._config.refresh, self._rate, members)
-        self.registry.forget_distances()
+        if self.assign is not None:
+            self.assign.forget_embeddings()
 
-    def _cluster(
-        self, peaks: NDArray[Any], embeddings: Floats, snippets: Floats, heights: Floats, registry: Registry, sample_index: int
-    ) -> Prototypes:
-        config, neighbors = self._config, self._snippets.neighbors
-        found = calibrate(
+    def _clusters(self, peaks: NDArray[Any], embeddings: Floats, snippets: Floats, heights: Floats) -> Calibration:
+        config = self._config
+        return calibrate(
             peaks,
             embeddings,
             snippets,
-            neighbors=neighbors,
+            neighbors=self._snippets.neighbors,
             amplitudes=heights,
             detect_threshold=config.detect.detect_threshold,
             sampling_frequency=self._rate,
             config=config.cluster,
             seed=config.seed,
         )
-        names = [registry.born(sample_index, "calibration") for _ in range(int(found.unit.max(initial=-1)) + 1)]
-        prototypes = Prototypes(found, names, neighbors, config.detect.detect_threshold, config.cluster, config.seed)
-        for name in names:
-            self._place(registry, prototypes, name)
-        return prototypes
 
-    def _place(self, registry: Registry, prototypes: Prototypes, unit_id: int) -> None:
+    def _place(self, row: int) -> None:
         """Note where a unit is: its main channel, and the centre of mass of its template's peak-to-peak."""
-        row = prototypes.home(unit_id)
-        unit, channel = registry.units[unit_id], int(prototypes.channel[row])
-        neighbors = prototypes.neighbors[channel]
-        size = np.where(neighbors >= 0, np.ptp(prototypes.template[row], axis=0) ** 2, 0).astype(np.float64)
-        x, y = size @ self._probe.channel_locations[neighbors] / max(float(size.sum()), 1e-9)
-        unit.channel_index, unit.x_um, unit.y_um = channel, float(x), float(y)
+        assert self.assign is not None
+        bank, name = self.assign.bank, self.assign.unit_ids[row]
+        if name not in self.registry.units:
+            return
+        unit = self.registry.units[name]
+        channels = bank.templates.channels[row]
+        channels = channels[channels >= 0]
+        size = np.ptp(bank.templates.centred[row][:, : len(channels)], axis=0).astype(np.float64) ** 2
+        x, y = size @ self._probe.channel_locations[channels] / max(float(size.sum()), 1e-9)
+        unit.channel_index, unit.x_um, unit.y_um = int(channels[0]), float(x), float(y)
 
-    def _welcome(self, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
+    def _welcome(self, assign: Assign, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
+        """Take in a group of peaks that nothing explained: noise, a unit that changed, or a new one."""
+        mean = np.zeros((assign.match.n_before + assign.match.n_after, self._probe.n_channels), np.float32)
+        columns = np.flatnonzero(self._snippets.neighbors[newcomer.channel] >= 0)
+        first = self._snippets.n_before - assign.match.n_before
+        mean[:, self._snippets.neighbors[newcomer.channel][columns]] = newcomer.template[first : first + len(mean)][:, columns]
         unit_id = newcomer.unit
         if unit_id == UNSORTED and not prototypes.is_noise(newcomer):
-            unit_id = self.registry.born(boundary, "new cluster")
+            unit_id = self.registry.born(boundary, "new cluster", n_spikes=newcomer.n_spikes)
+            assign.bank.add(mean, newcomer.n_spikes, newcomer.n_spikes / self._config.cluster.birth_s)
+            assign.unit_ids.append(unit_id)
+            self._place(len(assign.bank) - 1)
+        elif unit_id in assign.unit_ids:  # its prototype says so: the template lost it
+            assign.bank.reset(assign.unit_ids.index(unit_id), mean, newcomer.n_spikes)
         prototypes.add(newcomer, unit_id)
         self.memory.keep_only(prototypes.serial.tolist())
-        if unit_id != UNSORTED:
-            self._place(self.registry, prototypes, unit_id)
 
 
-def _noise_units(snippets: Floats, noise_level: Floats) -> Floats:
+def noise_units(snippets: Floats, noise_level: Floats) -> Floats:
     """Return the snippets over the noise level of each channel; silent where there is none."""
     level = np.where(noise_level > 0, noise_level, np.float32(np.inf)).astype(np.float32)
     scaled: Floats = snippets / level[:, None, :]
     return scaled
 
 
-def _joined(records: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    """Put record arrays one after the other, read-only; np.concatenate takes 6 us for each, this hardly any time."""
-    return np.frombuffer(b"".join(part.data for part in records), records[0].dtype)
+def as_spikes(peaks: NDArray[Any]) -> NDArray[np.void]:
+    """Return peaks as unsorted spikes, all but their times."""
+    spikes = np.zeros(len(peaks), SPIKE_DTYPE)
+    for name in ("sample_index", "channel", "amplitude_uv", "flags"):
+        spikes[name] = peaks[name]
+    spikes["unit_id"] = UNSORTED
+    return spikes

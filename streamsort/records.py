@@ -119,7 +119,8 @@ class PeakBatch:
 
     `peaks` is (n_peaks,) PEAK_DTYPE in order of (sample_index, channel); `snippets` is (n_peaks, n_snippet_samples, n_neighbors)
     float32 uV, zero where a probe has fewer neighbours; `noise_level` is (n_peaks, n_neighbors) float32 uV, of each snippet's
-    channels when the peak was found, 0 where there is none. A batch never straddles a learning boundary.
+    channels when the peak was found, 0 where there is none. `traces` is the stretch itself, (n_samples, n_channels) float32 uV,
+    filtered; `channel_noise` (n_channels,) float32 uV, or None before it is known. A batch never straddles a learning boundary.
     """
 
     start_sample: int
@@ -127,6 +128,8 @@ class PeakBatch:
     peaks: NDArray[Any]
     snippets: NDArray[np.float32]
     noise_level: NDArray[np.float32]
+    traces: NDArray[np.float32]
+    channel_noise: NDArray[np.float32] | None
     t_origin: float = 0.0
     t_acquired: float = 0.0
     gaps: tuple[Gap, ...] = ()

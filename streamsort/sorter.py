@@ -26,10 +26,10 @@ from streamsort.config import SorterConfig
 from streamsort.detect import Detect
 from streamsort.encode import Encoder
 from streamsort.errors import StreamsortError
-from streamsort.learner import Learner
+from streamsort.learner import Learner, as_spikes
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
-from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Gap, Output, PeakBatch, StreamInfo
+from streamsort.records import Chunk, Gap, Output, PeakBatch, StreamInfo
 from streamsort.refresh import Snapshot, Verdict
 from streamsort.snippets import Snippets
 
@@ -145,44 +145,38 @@ class Sorter:
         return np.split(embeddings, np.cumsum([len(batch.peaks) for batch in batches])[:-1])
 
     def assign(self, batch: PeakBatch, embeddings: Floats) -> Output:
-        """Name the unit of each peak; nothing is learned."""
-        if batch.start_sample > self._through_sample and self._learner.prototypes is not None:
-            self._learner.prototypes.skip_gap()
-            self._learner.registry.skip_gap(batch.start_sample - self._through_sample)
+        """Name the spikes that this batch decides; nothing is learned."""
+        learner = self._learner
+        if batch.start_sample > self._through_sample and learner.prototypes is not None:
+            learner.prototypes.skip_gap()
+            learner.registry.skip_gap(batch.start_sample - self._through_sample)
         self._through_sample = batch.through_sample
-        through = max(batch.through_sample - self.margin_samples, 0)
-        spikes = self._name(batch, embeddings) if len(batch.peaks) else np.zeros(0, SPIKE_DTYPE)
-        return Output(through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired, model=self.encoder.name)
-
-    def _name(self, batch: PeakBatch, embeddings: Floats) -> NDArray[Any]:
-        peaks = batch.peaks
-        spikes = np.zeros(len(peaks), SPIKE_DTYPE)
-        spikes["sample_index"] = peaks["sample_index"] - self._preprocess.delay_samples
-        spikes["time"] = batch.t_origin + spikes["sample_index"] / self.info.sampling_frequency
-        for name in ("channel", "amplitude_uv", "flags"):
-            spikes[name] = peaks[name]
-        spikes["unit_id"] = UNSORTED
-        prototypes = self._learner.prototypes
-        if prototypes is None:
-            self._learner.gather(batch, embeddings)
+        if learner.assign is None or learner.prototypes is None:
+            learner.gather(batch, embeddings)
+            spikes, through = as_spikes(batch.peaks), batch.through_sample - self._detect.margin
         else:
-            assignment = prototypes.predict(embeddings, peaks["channel"])
-            spikes["unit_id"] = assignment.unit
-            spikes["confidence"] = assignment.confidence
-            spikes["flags"] |= self._learner.registry.flags(assignment.unit)
-            self._learner.teach(batch, assignment, spikes)
-        return spikes
+            spikes = learner.name(learner.assign, learner.prototypes, batch, embeddings)
+            through = learner.assign.through_sample
+        spikes["sample_index"] -= self._preprocess.delay_samples
+        spikes = spikes[np.lexsort((spikes["unit_id"], spikes["sample_index"]))]
+        spikes["time"] = batch.t_origin + spikes["sample_index"] / self.info.sampling_frequency
+        through = max(through - self._preprocess.delay_samples, 0)
+        return Output(through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired, model=self.encoder.name)
 
     def learn(self) -> None:
         """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""
         boundary = self._through_sample // self._period_samples * self._period_samples
-        prototypes = self._learner.prototypes
-        if prototypes is None:
+        learner = self._learner
+        if learner.assign is None or learner.prototypes is None:
+            if boundary > self._learned_through:
+                learner.follow_tissue()
+                self._learned_through = boundary
             if self._through_sample >= self._warmup_samples:
-                self._learner.calibrate(self._through_sample)
+                learner.follow_tissue()
+                learner.calibrate(self._through_sample)
                 self._learned_through = boundary
         elif boundary > self._learned_through:
-            self._learner.learn(prototypes, boundary)
+            learner.learn(learner.assign, learner.prototypes, boundary)
             self._learned_through = boundary
             while self._offers:
                 self._decide(*self._offers.popleft(), max(boundary - self.margin_samples, 0))
@@ -285,6 +279,8 @@ class Sorter:
             peaks=peaks,
             snippets=snippets,
             noise_level=self._noise_of(peaks),
+            traces=filtered,
+            channel_noise=self._preprocess.noise_level,
             t_origin=chunk.t_origin,
             t_acquired=chunk.t_acquired,
             gaps=(*gaps, *self._preprocess.gaps),

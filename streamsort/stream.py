@@ -255,7 +255,7 @@ class Stream:
             for batch in self._sorter.detect(chunk):
                 now = time.monotonic()
                 self._latency["detect"].add(now - chunk.t_acquired)
-                self._batches.put((batch, now), batch.snippets.nbytes + ITEM_BYTES)
+                self._batches.put((batch, now), batch.snippets.nbytes + batch.traces.nbytes + ITEM_BYTES)
 
     def _assign(self) -> None:
         """Encode all that is waiting in one go, so that batches form by themselves under load."""

@@ -1,0 +1,245 @@
+"""The compiled loops of template matching: filter, find the best unit, subtract it, look again.
+
+Traces are channel-major here, (n_channels, n_columns), so that the inner loops run along time and are vectorised. A score is summed
+in one fixed order whatever the size of the chunk, and columns are decided one after the other, so every bit is a function of the
+samples alone. Units and window come as named tuples of arrays (`templates.Templates`, `match.Window`).
+"""
+
+from typing import Any
+
+import numpy as np
+
+from streamsort.kernels import Floats, kernel
+
+Tuple = Any  # a named tuple of arrays; numba reads its fields
+
+_ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
+_LEAST, _MOST = np.float32(0.5), np.float32(1.6)  # amplitude of a spike over its template's: bursts fall to a half
+
+_TOO_LARGE = np.float32(2)  # what fits a template but is twice its size is another unit's, known or not
+
+
+@kernel
+def score_units(window: Tuple, t: Tuple, start: int, stop: int, n_before: int) -> None:
+    """Correlate every unit's filter with the residual at columns [start, stop)."""
+    for u in range(len(t.energy)):
+        score_unit(window, t, u, start, stop, n_before)
+
+
+@kernel
+def score_unit(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: int) -> None:
+    """Correlate one unit's filter, a sum of spatial times temporal factors, with the residual at columns [start, stop)."""
+    n_samples = t.temporal.shape[2]
+    n = stop - start
+    if n <= 0:
+        return
+    first, n_line = start - n_before, n + n_samples - 1
+    out, line = window.scores[u, start:stop], window.scratch[:n_line]
+    out[:] = _ZERO
+    for r in range(t.spatial.shape[1]):
+        line[:] = _ZERO
+        for k in range(t.channels.shape[1]):
+            c = t.channels[u, k]
+            if c < 0:
+                break
+            weight, x = t.spatial[u, r, k], window.residual[c, first : first + n_line]
+            for s in range(n_line):
+                line[s] += weight * x[s]
+        convolve(line, t.temporal[u, r], out)
+
+
+@kernel
+def convolve(line: Floats, taps: Floats, out: Floats) -> None:
+    """Add to `out` the inner products of `taps` with `line` from each sample on; four taps at a time halves the stores."""
+    n, j = len(out), 0
+    while j + 4 <= len(taps):
+        w0, w1, w2, w3 = taps[j], taps[j + 1], taps[j + 2], taps[j + 3]
+        a, b, c, d = line[j : j + n], line[j + 1 : j + 1 + n], line[j + 2 : j + 2 + n], line[j + 3 : j + 3 + n]
+        for s in range(n):
+            out[s] += (w0 * a[s] + w1 * b[s]) + (w2 * c[s] + w3 * d[s])
+        j += 4
+    while j < len(taps):
+        w0, a = taps[j], line[j : j + n]
+        for s in range(n):
+            out[s] += w0 * a[s]
+        j += 1
+
+
+@kernel
+def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, computed: int, spans: Tuple) -> int:
+    """Decide the columns [first, stop) one after the other; return how many spikes were found.
+
+    At each column the unit that gains most, above its threshold and above all rivals within `spans.sweep` columns, is subtracted,
+    and the last `spans.look_back` columns are looked at again, until nothing is found or `spans.rounds` are over. Scores are known
+    up to column `computed`. The spikes go to `window.found`, `window.amplitude`, `window.gain` and `window.runner_up`.
+    """
+    n_found = 0
+    for s in range(first, stop):
+        look_from = s
+        for _ in range(spans.rounds):
+            u, column, gain = best_spike(window, t, threshold, look_from, s, spans)
+            if u < 0:
+                break
+            window.runner_up[n_found] = runner_up(window, t, u, column, spans)
+            accept(window, t, u, column, gain, n_found, spans)
+            low = max(column - t.temporal.shape[2] + 1, s - spans.look_back - spans.sweep - 1)
+            high = min(column + t.temporal.shape[2], computed)
+            for v in t.rivals[u]:
+                if v < 0:
+                    break
+                score_unit(window, t, v, low, high, spans.n_before)
+            n_found += 1
+            look_from = s - spans.look_back
+    return n_found
+
+
+@kernel
+def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, last: int, spans: Tuple) -> tuple[int, int, Any]:
+    """Find the unit and the column within [first, last] of largest gain that no rival beats; unit -1 if there is none."""
+    best, best_column, best_gain = -1, -1, _ZERO
+    for u in range(len(t.energy)):
+        for c in range(first, last + 1):
+            y = window.scores[u, c]
+            if y <= _ZERO or y > _TOO_LARGE * t.energy[u] or abs(c - window.last[u]) < spans.refractory:
+                continue
+            before, after = window.scores[u, c - 1], window.scores[u, c + 1]
+            if before > y or after > y:
+                continue
+            gain = gain_of(between(before, y, after), t.energy[u], spans.tightness)
+            if gain <= threshold[u] or gain <= best_gain:
+                continue
+            gain -= spans.tolerance * misfit(window, t, u, c)
+            if gain > threshold[u] and gain > best_gain and wins(window, t, u, c, gain, spans):
+                best, best_column, best_gain = u, c, gain
+    return best, best_column, best_gain
+
+
+@kernel
+def amplitude_of(score: np.float32, energy: np.float32, tightness: np.float32) -> np.float32:
+    """Return the amplitude of largest gain."""
+    return min(max((score + tightness) / (energy + tightness), _LEAST), _MOST)
+
+
+@kernel
+def gain_of(score: np.float32, energy: np.float32, tightness: np.float32) -> np.float32:
+    """Return by how much the best amplitude lowers the whitened residual energy; one far from 1 costs `tightness` by its square."""
+    a = amplitude_of(score, energy, tightness)
+    return _TWO * a * score - a * a * energy - tightness * (a - _ONE) * (a - _ONE)
+
+
+@kernel
+def between(before: np.float32, here: np.float32, after: np.float32) -> np.float32:
+    """Return the height of the parabola through three scores if it peaks in the middle, else the middle one."""
+    bend = before - _TWO * here + after
+    if bend >= _ZERO or before > here or after > here:
+        return here
+    return here - np.float32(0.125) * (before - after) * (before - after) / bend
+
+
+@kernel
+def wins(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, spans: Tuple) -> bool:
+    """Tell whether no rival, and not the unit itself, gains more within `spans.sweep` columns."""
+    for v in t.rivals[u]:
+        if v < 0:
+            break
+        for c in range(column - spans.sweep, column + spans.sweep + 1):
+            y = window.scores[v, c]
+            if y <= _ZERO or y > _TOO_LARGE * t.energy[v] or abs(c - window.last[v]) < spans.refractory or (v == u and c == column):
+                continue
+            if gain_of(y, t.energy[v], spans.tightness) > gain:
+                return False
+    return True
+
+
+@kernel
+def runner_up(window: Tuple, t: Tuple, u: int, column: int, spans: Tuple) -> np.float32:
+    """Return the largest gain of any other unit at this spike, 0 if none gains."""
+    best = _ZERO
+    for v in t.rivals[u]:
+        if v < 0:
+            break
+        if v == u:
+            continue
+        for c in range(column - spans.sweep // 2, column + spans.sweep // 2 + 1):
+            y = window.scores[v, c]
+            if y > _ZERO and y <= _TOO_LARGE * t.energy[v]:
+                best = max(best, gain_of(y, t.energy[v], spans.tightness))
+    return best
+
+
+@kernel
+def misfit(window: Tuple, t: Tuple, u: int, column: int) -> np.float32:
+    """Return what the spikes subtracted nearby had added to this score: no spike is quite its template, so a part of it is left."""
+    total = _ZERO
+    n_samples = t.filters.shape[1]
+    for i in range(len(window.recent)):
+        other, lag = window.recent[i, 0], column - window.recent[i, 1]
+        if other < 0 or abs(lag) >= n_samples:
+            continue
+        product = _ZERO
+        for k in range(t.channels.shape[1]):
+            c = t.channels[u, k]
+            if c < 0:
+                break
+            m = t.place[other, c]
+            if m < 0:
+                continue
+            for j in range(max(-lag, 0), min(n_samples - lag, n_samples)):
+                product += t.filters[u, j, k] * t.shifted[other, window.recent[i, 2], j + lag, m]
+        total += abs(product) * window.recent_amplitude[i]
+    return total
+
+
+@kernel
+def shift_of(scores: Floats, column: int, response: Floats) -> int:
+    """Return the row of `response` most like the scores around a column."""
+    best, least = 0, np.float32(np.inf)
+    for i in range(len(response)):
+        a = scores[column] / response[i, 1]
+        early, late = scores[column - 1] - a * response[i, 0], scores[column + 1] - a * response[i, 2]
+        if early * early + late * late < least:
+            best, least = i, early * early + late * late
+    return best
+
+
+@kernel
+def accept(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, row: int, spans: Tuple) -> None:
+    """Subtract a spike from the residual and note it, at row `row` of what was found and first among the recent ones."""
+    shift = shift_of(window.scores[u], column, t.response[u])
+    y = window.scores[u, column] * t.energy[u] / t.response[u, shift, 1]
+    a = amplitude_of(y, t.energy[u], spans.tightness)
+    for k in range(t.channels.shape[1]):
+        c = t.channels[u, k]
+        if c < 0:
+            break
+        for j in range(t.shifted.shape[2]):
+            window.residual[c, column - spans.n_before + j] -= a * t.shifted[u, shift, j, k]
+    collision = 0
+    for i in range(len(window.recent)):
+        if window.recent[i, 0] >= 0 and abs(window.recent[i, 1] - column) < spans.overlap:
+            for v in t.rivals[u]:
+                collision |= v == window.recent[i, 0]
+    for i in range(len(window.recent) - 1, 0, -1):
+        window.recent[i] = window.recent[i - 1]
+        window.recent_amplitude[i] = window.recent_amplitude[i - 1]
+    window.recent[0, 0], window.recent[0, 1], window.recent[0, 2] = u, column, shift
+    window.recent_amplitude[0] = a
+    window.last[u] = column
+    window.found[row, 0], window.found[row, 1], window.found[row, 2], window.found[row, 3] = u, column, shift, collision
+    window.amplitude[row], window.gain[row] = a, gain
+
+
+@kernel
+def clean_snippets(residual: Floats, t: Tuple, first: Any, row: Any, amplitude: Floats, snippets: Floats) -> None:
+    """Cut the residual from columns `first` on and put each spike's own template back, unshifted."""
+    middle = t.shifted.shape[1] // 2
+    for i in range(len(first)):
+        for c in range(residual.shape[0]):
+            for j in range(snippets.shape[1]):
+                snippets[i, j, c] = residual[c, first[i] + j]
+        for k in range(t.channels.shape[1]):
+            c = t.channels[row[i], k]
+            if c < 0:
+                break
+            for j in range(snippets.shape[1]):
+                snippets[i, j, c] += amplitude[i] * t.shifted[row[i], middle, j, k]

@@ -1,0 +1,261 @@
+"""Template matching: which units fired when, overlapping spikes taken apart.
+
+In come traces and templates, both in noise units; out go spikes as rows of MATCH_DTYPE, and for learning the snippet of each with
+all other spikes taken off. State is a window of the residual, what is left of the traces after the spikes found so far, and the
+units' scores along it. A sample is decided once `margin` samples after it are there; then the unit that explains most is subtracted
+and its surroundings are looked at again (greedy matching pursuit, as in Yger et al. 2018 and Pachitariu et al. 2024, here sample by
+sample and with a bounded look back, so that any chunking gives the same spikes).
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamsort.config import MatchConfig
+from streamsort.covariance import NoiseModel
+from streamsort.kernels.match import clean_snippets, peel, score_units
+from streamsort.probe import Probe
+from streamsort.templates import TemplateMaker, Templates
+
+Floats = NDArray[np.float32]
+
+MATCH_DTYPE = np.dtype(
+    [
+        ("sample_index", "<i8"),
+        ("row", "<i4"),
+        ("shift", "<i2"),
+        ("collision", "<i2"),  # 1 when it overlaps another spike on shared channels
+        ("amplitude", "<f4"),  # over the template's
+        ("gain", "<f4"),  # twice its log-likelihood over that of no spike
+        ("runner_up", "<f4"),  # what the next best unit gains
+    ]
+)
+
+_N_RECENT = 128  # spikes on the whole probe within a template's length: 3 per ms on 384 channels
+_FREE_COLUMNS = 8192  # between two moves of the window
+_LONG_AGO = -(1 << 20)
+
+
+class Window(NamedTuple):
+    """Scratch and state of the kernels; columns are samples."""
+
+    residual: Floats  # (n_channels, n_columns)
+    scores: Floats  # (n_units, n_columns)
+    scratch: Floats  # (n_columns,)
+    last: NDArray[np.int32]  # (n_units,) column of each unit's last spike
+    recent: NDArray[np.int32]  # (n, 3) unit, column, shift of the latest spikes
+    recent_amplitude: Floats
+    found: NDArray[np.int32]  # (n, 4) unit, column, shift, collision
+    amplitude: Floats
+    gain: Floats
+    runner_up: Floats
+
+
+class Spans(NamedTuple):
+    """What the kernels know of the config, in samples."""
+
+    n_before: int
+    sweep: int
+    look_back: int
+    refractory: int
+    overlap: int
+    rounds: int
+    tightness: np.float32
+    tolerance: np.float32
+
+
+class Match:
+    """Find the spikes of known units.
+
+    Parameters
+    ----------
+    config : MatchConfig
+    n_channels : int
+    sampling_frequency : float
+        In Hz.
+
+    Attributes
+    ----------
+    n_before, n_after : int
+        A template is samples [spike - n_before, spike + n_after).
+    margin : int
+        Samples of look-ahead.
+    """
+
+    def __init__(self, config: MatchConfig, n_channels: int, sampling_frequency: float) -> None:
+        self.n_before, self.n_after, spans = sizes(config, sampling_frequency)
+        self._spans = spans
+        self.margin = self.n_after + spans.sweep
+        n_samples = self.n_before + self.n_after
+        # A spike found late lies look_back behind, is rescored over a template's length, and its snippet must still be there.
+        self._history = 4 * n_samples + 2 * (spans.look_back + spans.sweep)
+        n_columns = self._history + _FREE_COLUMNS
+        self._window = Window(
+            residual=np.zeros((n_channels, n_columns), np.float32),
+            scores=np.zeros((0, n_columns), np.float32),
+            scratch=np.zeros(n_columns, np.float32),
+            last=np.zeros(0, np.int32),
+            recent=np.full((_N_RECENT, 3), -1, np.int32),
+            recent_amplitude=np.zeros(_N_RECENT, np.float32),
+            found=np.zeros((n_columns, 4), np.int32),
+            amplitude=np.zeros(n_columns, np.float32),
+            gain=np.zeros(n_columns, np.float32),
+            runner_up=np.zeros(n_columns, np.float32),
+        )
+        self.restart(0)
+
+    @property
+    def through_sample(self) -> int:
+        """All spikes before it have come out."""
+        return self._origin + self._decided - self._spans.look_back
+
+    @property
+    def next_sample(self) -> int:
+        """The one expected next."""
+        return self._origin + self._stop
+
+    def restart(self, start_sample: int) -> None:
+        """Forget the traces, as after a gap; the next sample is `start_sample`, and silence is taken to lie before it."""
+        self._window.residual[:, : self._history] = 0
+        self._window.last[:] = _LONG_AGO
+        self._window.recent[:, 0] = -1
+        self._stop = self._history
+        self._origin = start_sample - self._history
+        self._decided = self._history - self.margin
+        self._computed = self._history - self.n_after + 1
+        self._window.scores[:, : self._history] = 0
+        self._unsettled = np.zeros(0, MATCH_DTYPE)
+        self._settled: list[tuple[NDArray[np.void], Floats]] = []
+
+    def use(self, templates: Templates, threshold: Floats) -> None:
+        """Match with these templates from the next sample to decide on.
+
+        Rows stay what they were: a row more is a new unit, and none goes away.
+
+        Parameters
+        ----------
+        templates : Templates
+        threshold : ndarray, shape (n_units,), float32
+            Least gain of a spike.
+        """
+        self.templates, self._threshold = templates, threshold
+        n_new = templates.n_units - len(self._window.last)
+        if n_new:
+            scores = np.zeros((templates.n_units, self._window.scores.shape[1]), np.float32)
+            last = np.concatenate([self._window.last, np.full(n_new, _LONG_AGO, np.int32)])
+            self._window = self._window._replace(scores=scores, last=last)
+        first = self._decided - 2 * self._spans.look_back - 2
+        score_units(self._window, templates, first, self._computed, self.n_before)
+
+    def warmup(self, config: MatchConfig) -> None:
+        """Compile the kernels on scratch data."""
+        n_samples, n_channels = self.n_before + self.n_after, len(self._window.residual)
+        means = np.zeros((1, n_samples, n_channels), np.float32)
+        means[0, self.n_before, 0] = 10
+        noise = NoiseModel(np.eye(n_channels), np.eye(n_samples))
+        self.use(TemplateMaker(config, Probe.linear(n_channels), noise, self.n_before)(means), np.full(1, 20, np.float32))
+        traces = np.zeros((8 * n_samples, n_channels), np.float32)
+        traces[3 * n_samples, 0] = 10
+        self(traces)
+
+    def __call__(self, traces: Floats) -> NDArray[np.void]:
+        """Take the next samples and return the spikes they complete.
+
+        Parameters
+        ----------
+        traces : ndarray, shape (n_samples, n_channels), float32
+            In noise units; read-only, copied.
+
+        Returns
+        -------
+        matches : ndarray, shape (n_spikes,), MATCH_DTYPE
+            In the order they were found: one that another spike had hidden comes after it.
+        """
+        parts = [self._step(traces[i : i + _FREE_COLUMNS]) for i in range(0, len(traces), _FREE_COLUMNS)]
+        return np.concatenate(parts) if parts else np.zeros(0, MATCH_DTYPE)
+
+    def _step(self, traces: Floats) -> NDArray[np.void]:
+        self._append(traces)
+        computed = self._stop - self.n_after + 1
+        score_units(self._window, self.templates, self._computed, computed, self.n_before)
+        self._computed = computed
+        stop = computed - self._spans.sweep - 1
+        n = peel(self._window, self.templates, self._threshold, self._decided, stop, computed, self._spans)
+        self._decided = stop
+        matches = np.zeros(n, MATCH_DTYPE)
+        found = self._window.found[:n]
+        matches["row"], matches["shift"], matches["collision"] = found[:, 0], found[:, 2], found[:, 3]
+        matches["sample_index"] = found[:, 1] + self._origin
+        for name in ("amplitude", "gain", "runner_up"):
+            matches[name] = getattr(self._window, name)[:n]
+        if n:
+            self._unsettled = np.concatenate([self._unsettled, matches])
+        if len(self._unsettled):
+            self._settle()
+        return matches
+
+    def settled(self) -> tuple[NDArray[np.void], Floats]:
+        """Return the spikes whose surroundings are decided since the last call, and their clean snippets.
+
+        Returns
+        -------
+        matches : ndarray, shape (n_spikes,), MATCH_DTYPE
+        snippets : ndarray, shape (n_spikes, n_samples, n_channels), float32
+            The residual plus the spike itself, as if it had come at a whole sample and alone.
+        """
+        n_channels, n_samples = len(self._window.residual), self.n_before + self.n_after
+        matches = np.concatenate([np.zeros(0, MATCH_DTYPE), *(part for part, _ in self._settled)])
+        snippets = np.concatenate([np.zeros((0, n_samples, n_channels), np.float32), *(part for _, part in self._settled)])
+        self._settled.clear()
+        return matches, snippets
+
+    def _settle(self) -> None:
+        """Cut the snippets of spikes that nothing found from now on can overlap."""
+        n_samples = self.n_before + self.n_after
+        done = self._unsettled["sample_index"] + n_samples < self.through_sample
+        if not done.any():
+            return
+        matches, self._unsettled = self._unsettled[done], self._unsettled[~done]
+        snippets = np.empty((len(matches), n_samples, len(self._window.residual)), np.float32)
+        first = matches["sample_index"] - self._origin - self.n_before
+        clean_snippets(self._window.residual, self.templates, first, matches["row"], matches["amplitude"], snippets)
+        self._settled.append((matches, snippets))
+
+    def _append(self, traces: Floats) -> None:
+        window, n = self._window, len(traces)
+        if self._stop + n > window.residual.shape[1]:
+            kept = slice(self._stop - self._history, self._stop)
+            window.residual[:, : self._history] = window.residual[:, kept].copy()
+            window.scores[:, : self._history] = window.scores[:, kept].copy()
+            by = self._stop - self._history
+            window.last[:] = np.maximum(window.last - by, _LONG_AGO)
+            window.recent[:, 1] -= by
+            self._stop, self._decided, self._computed = self._stop - by, self._decided - by, self._computed - by
+            self._origin += by
+        window.residual[:, self._stop : self._stop + n] = traces.T
+        self._stop += n
+
+    def residual(self, start_sample: int, stop_sample: int) -> Floats:
+        """Return what is left of the traces, (n_channels, n), a view; of the latest samples only."""
+        return self._window.residual[:, start_sample - self._origin : stop_sample - self._origin]
+
+
+def sizes(config: MatchConfig, sampling_frequency: float) -> tuple[int, int, Spans]:
+    """Convert the config to samples: before and after a spike, and what the kernels need."""
+
+    def samples(ms: float) -> int:
+        return max(round(ms * sampling_frequency / 1000), 1)
+
+    n_before, n_after, sweep = samples(config.ms_before), samples(config.ms_after), samples(config.sweep_ms)
+    spans = Spans(
+        n_before=n_before,
+        sweep=sweep,
+        look_back=2 * sweep,
+        refractory=samples(config.refractory_ms),
+        overlap=samples(0.5),
+        rounds=config.rounds,
+        tightness=np.float32(config.amplitude_spread**-2),
+        tolerance=np.float32(config.tolerance),
+    )
+    return n_before, n_after, spans
