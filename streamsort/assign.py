@@ -15,6 +15,7 @@ from streamsort.bank import Bank
 from streamsort.cluster import Assignment
 from streamsort.config import SorterConfig
 from streamsort.match import MATCH_DTYPE, Match
+from streamsort.probe import Probe
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Flag, PeakBatch
 
 Floats = NDArray[np.float32]
@@ -22,6 +23,7 @@ Ints = NDArray[np.int64]
 
 SAME_SPIKE_MS = 0.3  # a peak so near a spike, on one of its channels, is that spike
 _STILL_THERE = 0.9  # of the detection threshold: what remains of a peak after subtraction, or it counts as explained
+_LEFTOVER = 0.35  # of the height of the spike that explains it: no template is quite right
 _CERTAINTY = 0.5  # of a gain, the log-likelihood; less would call confident spikes doubtful (measured: see the README's calibration)
 
 
@@ -46,7 +48,7 @@ class Assign:
     Parameters
     ----------
     config : SorterConfig
-    n_channels : int
+    probe : Probe
     sampling_frequency : float
     channel_noise : ndarray, shape (n_channels,), float32
         Noise level in uV that makes the templates' noise units; it stays what it was at calibration, so templates need not change
@@ -54,6 +56,8 @@ class Assign:
     bank : Bank
     unit_ids : sequence of int
         Published id of each of its rows.
+    published_through : int
+        All threshold peaks before this sample came out when there were no units yet; no spikes before it follow.
 
     Attributes
     ----------
@@ -62,26 +66,31 @@ class Assign:
     """
 
     def __init__(
-        self, config: SorterConfig, n_channels: int, sampling_frequency: float, channel_noise: Floats, bank: Bank, unit_ids: list[int]
+        self,
+        config: SorterConfig,
+        probe: Probe,
+        sampling_frequency: float,
+        channel_noise: Floats,
+        bank: Bank,
+        unit_ids: list[int],
+        published_through: int,
     ) -> None:
+        self._nearby = probe.distances_um() <= config.match.radius_um
         self._threshold = config.detect.detect_threshold * _STILL_THERE
         self.channel_noise = self._noise = np.where(channel_noise > 0, channel_noise, np.float32(np.inf)).astype(np.float32)
         self._same = round(SAME_SPIKE_MS * sampling_frequency / 1000)
-        self.bank, self.unit_ids = bank, unit_ids
-        self.match = Match(config.match, n_channels, sampling_frequency)
+        self.bank, self.unit_ids, self._published_through = bank, unit_ids, published_through
+        self.match = Match(config.match, probe.n_channels, sampling_frequency)
+        # A spike not found yet may still be subtracted up to n_before earlier; only then is it certain what remains of a peak.
+        self._hold = max(self._same, self.match.n_before)
         self.refresh()
         self._waiting: list[tuple[PeakBatch, Assignment]] = []
         self._recent = np.zeros(0, MATCH_DTYPE)
 
     @property
-    def hold_samples(self) -> int:
-        """How long after the matcher's decision a peak waits for the spike that explains it."""
-        return self._same
-
-    @property
     def through_sample(self) -> int:
         """All spikes and peaks before it have come out."""
-        return self.match.through_sample - self._same
+        return max(self.match.through_sample - self._hold, self._published_through)
 
     def refresh(self) -> None:
         """Match with the bank's templates as they are now."""
@@ -95,27 +104,28 @@ class Assign:
 
     def restart(self, start_sample: int) -> None:
         """Forget the traces, as after a gap."""
+        self._recent = self._recent[:0]
         self.match.restart(start_sample)
         self.refresh()
 
-    def __call__(self, batch: PeakBatch, assignment: Assignment) -> tuple[NDArray[np.void], Explained | None]:
+    def __call__(self, batch: PeakBatch, assignment: Assignment) -> tuple[NDArray[np.void], list[Explained]]:
         """Take a batch with what its embeddings say; return matched spikes, and the peaks that are decided now."""
-        self._waiting.append((batch, assignment))
+        explained = []
         if batch.start_sample != self.match.next_sample and len(batch.traces):
             explained = self._decide(batch.start_sample)  # what came before a gap is not going to be explained any more
             self.restart(batch.start_sample)
-            matches = self.match(batch.traces / self._noise)
-            return matches, explained
         matches = self.match(batch.traces / self._noise)
         self._recent = np.concatenate([self._recent, matches])
-        return matches, self._decide(self.through_sample)
+        self._waiting.append((batch, assignment))
+        explained += self._decide(self.through_sample)
+        return matches[matches["sample_index"] >= self._published_through], explained
 
-    def _decide(self, through_sample: int) -> Explained | None:
+    def _decide(self, through_sample: int) -> list[Explained]:
         """Decide the peaks before `through_sample`."""
         ready = [item for item in self._waiting if len(item[0].peaks)]
         if not ready or int(ready[0][0].peaks["sample_index"][0]) >= through_sample:
             self._waiting = ready
-            return None
+            return []
         peaks = np.concatenate([batch.peaks for batch, _ in ready])
         snippets = np.concatenate([batch.snippets for batch, _ in ready])
         noise_level = np.concatenate([batch.noise_level for batch, _ in ready])
@@ -125,16 +135,27 @@ class Assign:
         self._waiting = [(rest, assignment.take(slice(n, None)))]
         unit, strange = self._explain(peaks[:n])
         self._recent = self._recent[self._recent["sample_index"] > through_sample - 2 * self._same]
-        return Explained(peaks[:n], assignment.take(slice(0, n)), snippets[:n], noise_level[:n], unit, strange)
+        return [Explained(peaks[:n], assignment.take(slice(0, n)), snippets[:n], noise_level[:n], unit, strange)]
 
     def _explain(self, peaks: NDArray[Any]) -> tuple[Ints, NDArray[np.bool_]]:
+        match = explain(peaks, self._recent, self.bank.templates.channels[:, 0], self._nearby, self._same)
+        unit = np.full(len(peaks), UNSORTED, np.int64)
         strange = np.zeros(len(peaks), bool)
+        heights = self._heights(self._recent)
         for k, (sample_index, channel) in enumerate(zip(peaks["sample_index"].tolist(), peaks["channel"].tolist(), strict=True)):
-            left = self.match.residual(sample_index, sample_index + 1)[channel]
-            strange[k] = len(left) == 1 and abs(float(left[0])) > self._threshold
-        row = explain(peaks, self._recent, self.bank.templates.place, self._same)
-        unit = np.array([*self.unit_ids, UNSORTED], np.int64)[row]
-        return np.where(strange, UNSORTED, unit), strange
+            left = np.abs(self.match.residual(sample_index, sample_index + 1)[channel])
+            least = self._threshold if match[k] < 0 else max(self._threshold, _LEFTOVER * heights[match[k]])
+            strange[k] = len(left) == 1 and left[0] > least
+            if match[k] >= 0 and not strange[k]:
+                unit[k] = self.unit_ids[int(self._recent["row"][match[k]])]
+        return unit, strange
+
+    def _heights(self, matches: NDArray[np.void]) -> Floats:
+        """Return the largest deflection of each spike's template, signed, in noise units."""
+        waveform = self.bank.templates.centred[matches["row"]][:, :, 0]
+        extreme = np.abs(waveform).argmax(axis=1) if len(matches) else np.zeros(0, np.int64)
+        heights: Floats = matches["amplitude"] * np.take_along_axis(waveform, extreme[:, None], axis=1)[:, 0]
+        return heights
 
     def forget_embeddings(self) -> None:
         """Let no peak that still waits teach anything: it was embedded by another encoder."""
@@ -147,9 +168,7 @@ class Assign:
         spikes["sample_index"] = matches["sample_index"]
         spikes["unit_id"] = np.array(self.unit_ids, np.int64)[rows]
         spikes["channel"] = t.channels[rows, 0]
-        waveform = t.centred[rows][:, :, 0]
-        trough = np.take_along_axis(waveform, np.abs(waveform).argmax(axis=1)[:, None], axis=1)[:, 0]
-        spikes["amplitude_uv"] = matches["amplitude"] * trough * self._noise[spikes["channel"]]
+        spikes["amplitude_uv"] = self._heights(matches) * self._noise[spikes["channel"]]
         spikes["flags"] = np.where(matches["collision"] > 0, int(Flag.COLLISION), 0)
         spikes["confidence"] = self._confidence(matches)
         return spikes
@@ -158,21 +177,36 @@ class Assign:
         """Return the probability that the unit is right: against noise, and against the next best unit."""
         over_noise = matches["gain"] - self.bank.threshold[matches["row"]]
         over_other = matches["gain"] - matches["runner_up"]
-        doubt = np.exp(-_CERTAINTY * over_noise) + np.exp(-_CERTAINTY * over_other)
+        # Overlapped by a spike taken off before, a unit may gain less than its rival; what is hopeless is cut off before it overflows.
+        worst = np.float32(-100)
+        doubt = np.exp(-_CERTAINTY * np.maximum(over_noise, worst)) + np.exp(-_CERTAINTY * np.maximum(over_other, worst))
         confidence: Floats = (1 / (1 + doubt)).astype(np.float32)
         return confidence
 
 
-def explain(peaks: NDArray[Any], matches: NDArray[np.void], place: NDArray[np.int32], same_samples: int) -> Ints:
-    """Return the row of the unit whose spike each peak is, -1 for none: the nearest in time on whose channels it lies."""
+def explain(
+    peaks: NDArray[Any], matches: NDArray[np.void], home: NDArray[np.int32], nearby: NDArray[np.bool_], same_samples: int
+) -> Ints:
+    """Return which of the spikes each peak is, -1 for none: the nearest in time of those nearby.
+
+    Parameters
+    ----------
+    peaks : ndarray, shape (n_peaks,), PEAK_DTYPE
+    matches : ndarray, shape (n_spikes,), MATCH_DTYPE
+    home : ndarray, shape (n_units,), int32
+        Largest channel of each unit.
+    nearby : ndarray, shape (n_channels, n_channels), bool
+    same_samples : int
+        They lie no further apart in time.
+    """
     order = np.argsort(matches["sample_index"], kind="stable")
-    ordered = matches[order]
-    low = np.searchsorted(ordered["sample_index"], peaks["sample_index"] - same_samples)
-    high = np.searchsorted(ordered["sample_index"], peaks["sample_index"] + same_samples, side="right")
-    row = np.full(len(peaks), -1, np.int64)
+    times = matches["sample_index"][order]
+    low = np.searchsorted(times, peaks["sample_index"] - same_samples)
+    high = np.searchsorted(times, peaks["sample_index"] + same_samples, side="right")
+    found = np.full(len(peaks), -1, np.int64)
     for k, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
-        near = ordered[a:b]
-        near = near[place[near["row"], peaks["channel"][k]] >= 0]
+        near = order[a:b]
+        near = near[nearby[home[matches["row"][near]], peaks["channel"][k]]]
         if len(near):
-            row[k] = near["row"][np.abs(near["sample_index"] - peaks["sample_index"][k]).argmin()]
-    return row
+            found[k] = near[np.abs(matches["sample_index"][near] - peaks["sample_index"][k]).argmin()]
+    return found

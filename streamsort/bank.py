@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from streamsort.footprints import move_templates
-from streamsort.templates import TemplateMaker, Templates
+from streamsort.templates import TemplateMaker, Templates, likeness
 
 Floats = NDArray[np.float32]
 
@@ -21,7 +21,7 @@ _RATE_S = 60.0  # firing rates are averaged over so long
 _LOWEST_HZ, _HIGHEST_HZ = 0.2, 20.0
 _MOST_OFFSET = 3  # samples
 _POSITIVE = 1.5  # a peak so many times its trough makes a unit positive
-_AFTER_MOVE = 4  # spikes a moved template counts for: it is an interpolation
+_AFTER_MOVE = 10  # spikes a moved template counts for: it is an interpolation
 _MOST_REMADE = 8  # 0.2 ms each
 
 
@@ -71,6 +71,10 @@ class Bank:
         self.n_spikes, self.rates_hz = np.append(self.n_spikes, n_spikes), np.append(self.rates_hz, rate_hz)
         self._news = np.append(self._news, 0.0)
         self.templates = self._maker(self.means)
+
+    def likeness_to(self, mean: Floats) -> NDArray[np.float64]:
+        """Return the cosine of every unit's template with that of a mean snippet (n_samples, n_channels), (n_units,)."""
+        return likeness(self._maker(np.concatenate([self.means, mean[None]])))[-1, :-1]
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, in this order."""
@@ -122,7 +126,8 @@ class Bank:
         energy = self.templates.energy
         expected = self._expected_amplitude()
         for row, match, snippet in zip(matches["row"].tolist(), matches, snippets, strict=True):
-            if match["gain"] > _TIMELY * energy[row] and not match["collision"]:
+            timely = _TIMELY if self.n_spikes[row] > _AFTER_MOVE * 3 else _TIMELY / 2
+            if match["gain"] > timely * energy[row] and not match["collision"]:
                 self._level(snippet, row, float(match["amplitude"]), expected[row])
                 self.n_spikes[row] += 1
                 speed = float(np.clip(energy[row] / _SPIKES_ENERGY, _SLOWEST, _FASTEST))

@@ -20,13 +20,16 @@ from streamsort.match import Match
 from streamsort.motion import Motion
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch
-from streamsort.refine import find_units
+from streamsort.refine import find_units, framed
 from streamsort.reservoir import Member, Memory, Period, Reservoir
 from streamsort.snippets import Snippets
 from streamsort.units import Registry
 from streamsort.warmup import Warmup
 
 Floats = NDArray[np.float32]
+
+# Newcomers so like a unit are that unit; less will do for one that missed so many spikes, it moved.
+_LIKENESS, _LIKENESS_LOST, _MISSED_SPIKES, _LEAST_HZ = 0.85, 0.6, 6.0, 0.5
 
 
 class Learner:
@@ -98,8 +101,8 @@ class Learner:
         self._moving = []
         self.motion.update(np.concatenate(snippets), np.concatenate(channels))
 
-    def calibrate(self, sample_index: int) -> None:
-        """Make units of what was gathered."""
+    def calibrate(self, sample_index: int, published_through: int) -> None:
+        """Make units of what was gathered before `sample_index`; the peaks before `published_through` are out already."""
         peaks, embeddings, snippets = self._reservoir.take()
         heights = np.abs(snippets[:, self._snippets.n_before, 0])
         clusters = self._clusters(peaks, embeddings, snippets, heights)
@@ -111,13 +114,15 @@ class Learner:
         names = np.zeros(len(bank), np.int64)
         for row in order.tolist():
             names[row] = self.registry.born(sample_index, "calibration")
-        row = explain(peaks, matches, bank.templates.place, self._same_samples())
+        nearby = self._probe.distances_um() <= self._config.match.radius_um
+        match = explain(peaks, matches, bank.templates.channels[:, 0], nearby, round(SAME_SPIKE_MS * self._rate / 1000))
+        row = np.append(matches["row"], -1)[match]
         clusters = clusters.regrouped(row, peaks["channel"], embeddings, snippets, self._config.cluster.min_members)
         config = self._config
         self.prototypes = Prototypes(
             clusters, names.tolist(), self._snippets.neighbors, config.detect.detect_threshold, config.cluster, config.seed
         )
-        self.assign = Assign(config, self._probe.n_channels, self._rate, noise, bank, names.tolist())
+        self.assign = Assign(config, self._probe, self._rate, noise, bank, names.tolist(), published_through)
         if len(self._warmup):  # run in, so that nothing is lost between the last peaks and the first matches
             start, traces = self._warmup[-1]
             self.assign.run_in(start, traces)
@@ -137,10 +142,8 @@ class Learner:
         if len(matches):
             energy = assign.bank.templates.energy[matches["row"]]
             self._published.append((spikes, self._heights(assign, spikes), (energy - matches["gain"]) / np.sqrt(energy + 1)))
-        if explained is None:
-            return spikes
-        self._taught.append(explained)
-        return np.concatenate([spikes, as_spikes(explained.peaks[explained.unit < 0])])
+        self._taught += explained
+        return np.concatenate([spikes, *(as_spikes(one.peaks[one.unit < 0]) for one in explained)])
 
     def learn(self, assign: Assign, prototypes: Prototypes, boundary: int) -> None:
         """End a learning period: units follow, fall silent, appear."""
@@ -189,12 +192,22 @@ class Learner:
             "drift_step", boundary, None, f"tissue moved by {float(self.motion.change_um[np.abs(self.motion.change_um).argmax()]):.0f} um"
         )
 
+    def _owner(self, assign: Assign, mean: Floats, boundary: int) -> tuple[int, bool]:
+        """Return the unit that newcomers are, -1 for none, and whether it lost them: it is silent though it usually is not."""
+        best, owner, lost = _LIKENESS, UNSORTED, False
+        for row, cosine in enumerate(assign.bank.likeness_to(mean).tolist()):
+            unit = self.registry.units.get(assign.unit_ids[row])
+            if unit is None:
+                continue
+            silence_s = (boundary - unit.last_sample) / self._rate
+            silent = silence_s * max(float(assign.bank.rates_hz[row]), _LEAST_HZ) > _MISSED_SPIKES
+            if cosine > best - (_LIKENESS - _LIKENESS_LOST) * silent:
+                best, owner, lost = cosine + (_LIKENESS - _LIKENESS_LOST) * silent, unit.unit_id, silent
+        return owner, lost
+
     def _heights(self, assign: Assign, spikes: NDArray[Any]) -> Floats:
         heights: Floats = np.abs(spikes["amplitude_uv"]) / assign.channel_noise[spikes["channel"]]
         return heights
-
-    def _same_samples(self) -> int:
-        return round(SAME_SPIKE_MS * self._rate / 1000)
 
     def move(self, prototypes: Prototypes, space: Space, members: Mapping[int, tuple[Member, ...]]) -> None:
         """Take all units to another encoder's space; `members` are what the memory held, as it embeds them."""
@@ -232,18 +245,21 @@ class Learner:
 
     def _welcome(self, assign: Assign, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
         """Take in a group of peaks that nothing explained: noise, a unit that changed, or a new one."""
-        mean = np.zeros((assign.match.n_before + assign.match.n_after, self._probe.n_channels), np.float32)
-        columns = np.flatnonzero(self._snippets.neighbors[newcomer.channel] >= 0)
-        first = self._snippets.n_before - assign.match.n_before
-        mean[:, self._snippets.neighbors[newcomer.channel][columns]] = newcomer.template[first : first + len(mean)][:, columns]
-        unit_id = newcomer.unit
-        if unit_id == UNSORTED and not prototypes.is_noise(newcomer):
+        n_samples = assign.match.n_before + assign.match.n_after
+        mean = np.zeros((n_samples, self._probe.n_channels), np.float32)
+        channels = self._snippets.neighbors[newcomer.channel]
+        template = framed(newcomer.template[None], assign.match.n_before - self._snippets.n_before, n_samples)[0]
+        mean[:, channels[channels >= 0]] = template[:, channels >= 0]
+        unit_id, lost = self._owner(assign, mean, boundary)
+        if lost:
+            assign.bank.reset(assign.unit_ids.index(unit_id), mean, newcomer.n_spikes)
+        elif unit_id != UNSORTED or newcomer.unit != UNSORTED:  # odd spikes of one that fires as ever
+            unit_id = max(unit_id, newcomer.unit)
+        elif not prototypes.is_noise(newcomer):
             unit_id = self.registry.born(boundary, "new cluster", n_spikes=newcomer.n_spikes)
             assign.bank.add(mean, newcomer.n_spikes, newcomer.n_spikes / self._config.cluster.birth_s)
             assign.unit_ids.append(unit_id)
             self._place(len(assign.bank) - 1)
-        elif unit_id in assign.unit_ids:  # its prototype says so: the template lost it
-            assign.bank.reset(assign.unit_ids.index(unit_id), mean, newcomer.n_spikes)
         prototypes.add(newcomer, unit_id)
         self.memory.keep_only(prototypes.serial.tolist())
 

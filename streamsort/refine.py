@@ -374,7 +374,15 @@ def find_units(
         return Bank(maker, none, np.zeros(0, np.int64), np.zeros(0), sampling_frequency), np.zeros(0, MATCH_DTYPE)
     noise = estimate_noise(blocks, n_before + n_after, round(_QUIET_MS * sampling_frequency / 1000))
     named = clusters.unit >= 0
-    first = round(config.snippets.ms_before * sampling_frequency / 1000) - n_before
-    waveforms = clusters.template[named if named.any() else ~named][:, first : first + n_before + n_after, 0]
+    usual = clusters.template[named if named.any() else ~named][:, :, 0]
+    waveforms = framed(usual, n_before - round(config.snippets.ms_before * sampling_frequency / 1000), n_before + n_after)
     refine = Refine(config, probe, noise, waveforms, warmup, sampling_frequency)
     return refine(Seeds(peaks["sample_index"], peaks["channel"].astype(np.int64), clusters.label))
+
+
+def framed(waveforms: Floats, shift: int, n_samples: int) -> Floats:
+    """Return waveforms (n, n_snippet_samples, ...) in a window of `n_samples`, `shift` samples later; silence where they are unknown."""
+    out = np.zeros((len(waveforms), n_samples, *waveforms.shape[2:]), np.float32)
+    first, stop = max(shift, 0), min(shift + waveforms.shape[1], n_samples)
+    out[:, first:stop] = waveforms[:, first - shift : stop - shift]
+    return out

@@ -173,7 +173,7 @@ class Sorter:
                 self._learned_through = boundary
             if self._through_sample >= self._warmup_samples:
                 learner.follow_tissue()
-                learner.calibrate(self._through_sample)
+                learner.calibrate(self._through_sample, self._through_sample - self._detect.margin)
                 self._learned_through = boundary
         elif boundary > self._learned_through:
             learner.learn(learner.assign, learner.prototypes, boundary)

@@ -155,7 +155,7 @@ class TemplateMaker:
 
 def taper(n_samples: int) -> NDArray[np.float64]:
     """Return weights that fall to 0 at both ends: whitening in time would make most of where a template is cut off."""
-    n = n_samples // 5
+    n = n_samples // 8
     slope = np.sin(np.pi / 2 * (np.arange(n) + 0.5) / n) ** 2
     return np.concatenate([slope, np.ones(n_samples - 2 * n), slope[::-1]])
 

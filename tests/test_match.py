@@ -1,0 +1,412 @@
+"""Template matching: the kernels against their definitions, and the stage on spikes whose place is known."""
+
+import pickle
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import checks
+import naive_match
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scenes import CONFIG, N_AFTER, N_BEFORE, N_SAMPLES, RATE, SPANS, Cell, Event, add_spikes, coloured, maker, mean_snippets
+
+from streamsort.kernels import match as kernels
+from streamsort.match import MATCH_DTYPE, Match, Window
+from streamsort.probe import Probe
+from streamsort.templates import SHIFTS, Templates
+
+Floats = NDArray[np.float32]
+
+PROBE = Probe.linear(5, 20.0)
+CELLS = [Cell(10.0, 20.0), Cell(9.0, 52.0, 24.0, width=3.2), Cell(7.0, 36.0, 14.0, width=1.7)]
+THRESHOLD = 18.0
+LIMITS = naive_match.Limits(float(kernels._LEAST), float(kernels._MOST), float(kernels._TOO_LARGE))
+
+
+def templates(cells: Sequence[Cell] = CELLS, probe: Probe = PROBE) -> Templates:
+    return maker(probe)(mean_snippets(cells, probe))
+
+
+def matcher(cells: Sequence[Cell] = CELLS, probe: Probe = PROBE) -> Match:
+    match = Match(CONFIG, probe.n_channels, RATE)
+    match.use(templates(cells, probe), np.full(len(cells), THRESHOLD, np.float32))
+    return match
+
+
+def noise(n_samples: int, seed: int = 0, n_channels: int = 5) -> Floats:
+    return np.random.default_rng(seed).normal(size=(n_samples, n_channels)).astype(np.float32)
+
+
+def silence(n_samples: int) -> Floats:
+    return np.zeros((n_samples, 5), np.float32)
+
+
+def recorded(traces: Floats, *events: Event, cells: Sequence[Cell] = CELLS) -> Floats:
+    add_spikes(traces, cells, PROBE, events)
+    return traces
+
+
+def crowd(n_samples: int, seed: int, rate_hz: float = 60.0) -> list[Event]:
+    """Draw spikes of all units, many of them overlapping, none nearer to another of its unit than the refractory time."""
+    rng = np.random.default_rng(seed)
+    events = []
+    for unit in range(len(CELLS)):
+        gaps = 1.3 * SPANS.refractory + rng.exponential(RATE / rate_hz, int(n_samples / RATE * rate_hz * 2) + 5)
+        for at in np.cumsum(gaps)[np.cumsum(gaps) < n_samples - 2 * N_SAMPLES]:
+            events.append(Event(unit, int(at) + N_SAMPLES, float(rng.uniform(-0.5, 0.5)), float(rng.normal(1, 0.08))))
+    return events
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------------
+
+
+def window(residual: Floats, n_units: int) -> Window:
+    n_columns = residual.shape[1]
+    return Window(
+        residual=np.ascontiguousarray(residual),
+        scores=np.zeros((n_units, n_columns), np.float32),
+        scratch=np.zeros(n_columns, np.float32),
+        last=np.full(n_units, -(1 << 20), np.int32),
+        recent=np.full((16, 3), -1, np.int32),
+        recent_amplitude=np.zeros(16, np.float32),
+        found=np.zeros((n_columns, 4), np.int32),
+        amplitude=np.zeros(n_columns, np.float32),
+        gain=np.zeros(n_columns, np.float32),
+        runner_up=np.zeros(n_columns, np.float32),
+    )
+
+
+@pytest.mark.parametrize("n_columns", [1, 2, 7, 64, 301])
+def test_a_score_is_the_inner_product_of_filter_and_residual(n_columns: int) -> None:
+    t = maker(PROBE, coloured(5)[0])(mean_snippets(CELLS, PROBE))
+    one = window(noise(n_columns + N_SAMPLES).T, 3)
+    one.scores[:] = np.nan
+    kernels.score_units(one, t, N_BEFORE, N_BEFORE + n_columns, N_BEFORE)
+    assert np.isfinite(one.scores).sum() == 3 * n_columns
+    for unit in range(3):
+        weights = naive_match.filter_on_all(t, unit, 5)
+        expected = [naive_match.score_at(one.residual.astype(float), weights, N_BEFORE + c, N_BEFORE) for c in range(n_columns)]
+        np.testing.assert_allclose(one.scores[unit, N_BEFORE : N_BEFORE + n_columns], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_score_has_the_same_bits_wherever_the_stretch_begins() -> None:
+    t, residual = templates(), noise(400).T
+    whole, parts = window(residual, 3), window(residual, 3)
+    kernels.score_units(whole, t, N_BEFORE, 300, N_BEFORE)
+    for start, stop in ((N_BEFORE, 19), (19, 26), (26, 121), (121, 300)):
+        kernels.score_units(parts, t, start, stop, N_BEFORE)
+    assert whole.scores.tobytes() == parts.scores.tobytes()
+
+
+@given(score=st.floats(-100, 900), energy=st.floats(10, 900), tightness=st.floats(1, 200))
+def test_gain_and_amplitude_are_those_of_the_best_of_all_amplitudes(score: float, energy: float, tightness: float) -> None:
+    arguments = np.float32(score), np.float32(energy), np.float32(tightness)
+    amplitude, gain = naive_match.best_amplitude(score, energy, tightness, LIMITS)
+    assert kernels.amplitude_of(*arguments) == pytest.approx(amplitude, abs=2e-4)
+    assert kernels.gain_of(*arguments) == pytest.approx(gain, rel=1e-3, abs=0.02)
+
+
+def test_a_gain_is_what_subtraction_takes_off_the_whitened_residual() -> None:
+    """At amplitude 1 nothing is charged, so the gain is the difference of two squared norms."""
+    model, time = coloured(5)
+    t = maker(PROBE, model)(mean_snippets(CELLS[:1], PROBE))
+    channels = t.channels[0]
+    inverse = np.linalg.inv(np.kron(time, model.space[np.ix_(channels, channels)]))
+    x = noise(N_SAMPLES, seed=3)[:, channels].astype(float) + t.centred[0]
+    left = (x - t.centred[0]).reshape(-1)
+    before, after = x.reshape(-1) @ inverse @ x.reshape(-1), left @ inverse @ left
+    score = np.float32((x * t.filters[0]).sum())
+    assert kernels.gain_of(score, t.energy[0], np.float32(1e9)) == pytest.approx(before - after, rel=1e-3)
+
+
+@given(st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))
+def test_between_is_the_height_of_the_parabola(before: float, here: float, after: float) -> None:
+    values = np.float32([before, here, after])
+    expected = naive_match.peak_height(*values.astype(float).tolist())
+    assert kernels.between(*values) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_peeling_equals_its_definition(seed: int) -> None:
+    n_columns, computed = 420, 420 - N_AFTER + 1
+    rng = np.random.default_rng(seed)
+    traces = noise(n_columns, seed)
+    for at in rng.integers(2 * N_SAMPLES, n_columns - 2 * N_SAMPLES, 7).tolist():
+        add_spikes(traces, CELLS, PROBE, [Event(int(rng.integers(3)), at, rng.uniform(-0.5, 0.5), rng.uniform(0.6, 1.5))])
+    t, threshold = templates(), np.full(3, THRESHOLD, np.float32)
+    first, stop = 2 * N_SAMPLES, computed - SPANS.sweep - 1
+    slow = naive_match.Peeler(traces.T, t, threshold, SPANS, LIMITS)
+    slow(first, stop)
+    one = window(traces.T, 3)
+    kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
+    n = kernels.peel(one, t, threshold, first, stop, computed, SPANS)
+    assert n >= 3
+    assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
+    measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)
+    np.testing.assert_allclose(measured, slow.measured, rtol=2e-3, atol=0.05)
+    np.testing.assert_allclose(one.residual, slow.residual, atol=2e-3)
+
+
+# --- one spike -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("delay", [-0.5, -0.3, 0.0, 0.13, 0.37, 0.5])
+@pytest.mark.parametrize("unit", [0, 1, 2])
+def test_a_spike_is_found_at_its_sample_and_fraction(unit: int, delay: float) -> None:
+    traces = recorded(silence(600), Event(unit, 300, delay, 1.1))
+    matches = matcher()(traces)
+    assert matches["row"].tolist() == [unit]
+    assert matches["sample_index"][0] + SHIFTS[matches["shift"][0]] == pytest.approx(300 + delay, abs=0.1)
+    assert matches["collision"][0] == 0
+
+
+@pytest.mark.parametrize("amplitude", [0.7, 1.0, 1.3])
+def test_an_amplitude_is_drawn_to_one_by_as_much_as_the_spread_says(amplitude: float) -> None:
+    energy, tightness = float(templates().energy[0]), CONFIG.amplitude_spread**-2
+    match = matcher()
+    found = match(recorded(silence(600), Event(0, 300, amplitude=amplitude)))
+    assert found["amplitude"][0] == pytest.approx((amplitude * energy + tightness) / (energy + tightness), rel=0.01)
+    expected = naive_match.best_amplitude(amplitude * energy, energy, tightness, LIMITS)[1]
+    assert found["gain"][0] == pytest.approx(expected, rel=0.01)
+
+
+def test_an_event_of_twice_the_size_is_nobodys() -> None:
+    for amplitude, found in ((1.5, 1), (2.5, 0), (6.0, 0)):
+        matches = matcher()(recorded(silence(600), Event(0, 300, amplitude=amplitude)))
+        assert (matches["sample_index"] == 300).sum() == found, amplitude
+
+
+def test_a_spike_below_the_threshold_on_every_channel_is_found() -> None:
+    cells = [Cell(3.4, 40.0, 40.0, width=3.0)]
+    times = list(range(200, 30_000, 300))
+    traces = noise(30_500)
+    add_spikes(traces, cells, PROBE, [Event(0, at) for at in times])
+    match = matcher(cells)
+    assert np.abs(mean_snippets(cells, PROBE)).max() < 4
+    found = match(traces)["sample_index"]
+    assert (np.abs(found[:, None] - times).min(axis=0) <= 2).mean() > 0.95
+    assert (np.abs(found[:, None] - times).min(axis=1) > 2).mean() < 0.02
+
+
+def test_a_unit_does_not_fire_twice_within_its_refractory_time() -> None:
+    for lag, n_found in ((SPANS.refractory - 5, 1), (SPANS.refractory + 2, 2)):
+        found = matcher(CELLS[:1])(recorded(silence(600), Event(0, 300, amplitude=1.1), Event(0, 300 + lag, amplitude=0.9)))
+        assert len(found) == n_found, lag
+
+
+def test_noise_alone_is_rarely_a_spike() -> None:
+    assert len(matcher()(noise(60_000))) <= 12  # per unit 2 per s, at a threshold that makes 18 the log-likelihood of one
+
+
+# --- overlaps ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)])
+@pytest.mark.parametrize("lag", [-15, -9, -4, 0, 3, 7, 14])
+def test_both_of_two_overlapping_spikes_are_found(pair: tuple[int, int], lag: int) -> None:
+    one, other = pair
+    traces = recorded(0.5 * noise(700, seed=lag + 20), Event(one, 300, 0.2), Event(other, 300 + lag, -0.3))
+    matches = matcher()(traces)
+    assert sorted(matches["row"].tolist()) == sorted(pair)
+    found = dict(zip(matches["row"].tolist(), matches["sample_index"].tolist(), strict=True))
+    assert abs(found[one] - 300) <= 1 and abs(found[other] - 300 - lag) <= 1
+    assert matches["collision"].tolist() == [0, 1]
+    np.testing.assert_allclose(matches["amplitude"], 1.0, atol=0.2)
+
+
+def test_a_spike_far_from_others_is_no_collision() -> None:
+    far = [CELLS[0], Cell(10.0, 400.0)]
+    probe = Probe.linear(24, 20.0)
+    for lag, unit in ((SPANS.overlap + 30, 0), (4, 1)):  # late enough, or on other channels
+        traces = np.zeros((700, 24), np.float32)
+        add_spikes(traces, far, probe, [Event(0, 300), Event(unit, 300 + lag)])
+        matches = matcher(far, probe)(traces)
+        assert len(matches) == 2 and not matches["collision"].any()
+
+
+def test_three_at_once_are_taken_apart() -> None:
+    traces = recorded(0.5 * noise(700), Event(0, 300), Event(1, 304), Event(2, 309))
+    matches = matcher()(traces)
+    assert sorted(zip(matches["row"].tolist(), matches["sample_index"].tolist(), strict=True)) == [(0, 300), (1, 304), (2, 309)]
+
+
+def test_what_is_left_is_noise() -> None:
+    pure = noise(8000, seed=4)
+    events = crowd(8000, seed=4, rate_hz=25.0)
+    traces = recorded(pure.copy(), *events)
+    match = matcher()
+    matches = match(traces)
+    stop = match.through_sample - N_AFTER
+    left, quiet = match.residual(N_SAMPLES, stop), pure[N_SAMPLES:stop].T
+    assert len(matches) > 0.9 * len(events)
+    assert ((traces[N_SAMPLES:stop].T - quiet) ** 2).sum() > 30 * ((left - quiet) ** 2).sum()
+    assert left.std() < 1.08
+
+
+def test_clean_snippets_have_the_spike_itself_and_no_other() -> None:
+    traces = recorded(silence(900), Event(0, 300, amplitude=1.1), Event(1, 310), Event(2, 600))
+    match = matcher()
+    match(traces)
+    matches, snippets = match.settled()
+    assert snippets.shape == (3, N_SAMPLES, 5) and snippets.dtype == np.float32
+    for row, snippet in zip(matches["row"].tolist(), snippets, strict=True):
+        expected = np.float32(1.1 if row == 0 else 1.0) * CELLS[row].at(PROBE)
+        assert ((snippet - expected) ** 2).sum() < 0.02 * (expected**2).sum()
+    assert not len(match.settled()[0])
+
+
+# --- the stage -----------------------------------------------------------------------------------------------------------
+
+LENGTH = 9300  # more than the window holds, so that it is moved
+CHANGES = {  # units drift, and one is new
+    3000: [Cell(10.5, 22.0), CELLS[1]],
+    4650: [Cell(11.0, 24.0), Cell(8.5, 54.0, 24.0, width=3.2), CELLS[2]],
+    7000: [Cell(12.0, 25.0), CELLS[1], CELLS[2]],
+}
+BUSY = recorded(noise(LENGTH, seed=9), *crowd(LENGTH, seed=9))
+
+
+class Changing:
+    """A matcher whose templates change at fixed samples, where chunks are cut."""
+
+    def __init__(self) -> None:
+        self.match = matcher(CELLS[:2])
+        self.matches: list[NDArray[Any]] = []
+        self.snippets: list[Floats] = []
+
+    def __call__(self, traces: Floats, start_sample: int) -> tuple[NDArray[Any], ...]:
+        if start_sample in CHANGES:
+            self.learn(CHANGES[start_sample])
+        return (self.match(traces),)
+
+    def learn(self, cells: Sequence[Cell]) -> None:
+        """Take the settled spikes as a learning boundary does, and change the templates."""
+        matches, snippets = self.match.settled()
+        order = np.lexsort((matches["row"], matches["sample_index"]))
+        self.matches.append(matches[order])
+        self.snippets.append(snippets[order])
+        if len(cells):
+            self.match.use(templates(cells), np.full(len(cells), THRESHOLD, np.float32))
+
+
+def feed(stage: Changing, traces: Floats, start_sample: int) -> tuple[NDArray[Any], ...]:
+    return stage(traces, start_sample)
+
+
+def through(sizes: Iterable[int]) -> tuple[NDArray[Any], ...]:
+    """Return all matches, and what settled, of the busy recording in chunks of these sizes."""
+    stage, parts, start = Changing(), [], 0
+    cuts = [*CHANGES, LENGTH]
+    for cut in cuts:
+        for a, b in checks.pieces(start, cut, sizes, cut):
+            parts.append(stage(BUSY[a:b], a)[0])
+        start = cut
+    stage.learn([])
+    return np.concatenate(parts), np.concatenate(stage.matches), np.concatenate(stage.snippets)
+
+
+def test_the_busy_recording_is_hard_enough() -> None:
+    matches = through([LENGTH])[0]
+    assert (matches["collision"] > 0).sum() > 5
+    assert (np.diff(matches["sample_index"]) < 0).any()  # one was found behind another
+    assert set(matches["row"].tolist()) == {0, 1, 2}
+
+
+@pytest.fixture(scope="module")
+def at_once() -> tuple[NDArray[Any], ...]:
+    return through([LENGTH])
+
+
+@given(sizes=st.lists(st.integers(1, 900), min_size=1, max_size=5))
+@settings(max_examples=25, deadline=None)
+def test_any_chunking_gives_the_same_bits(at_once: tuple[NDArray[Any], ...], sizes: list[int]) -> None:
+    checks.assert_same(through(sizes), at_once)
+
+
+@pytest.mark.parametrize("size", [1, 30, 4096])
+def test_a_fixed_size_of_chunks_makes_no_difference(at_once: tuple[NDArray[Any], ...], size: int) -> None:
+    checks.assert_same(through([size]), at_once)
+
+
+def test_a_saved_matcher_goes_on_identically() -> None:
+    checks.state_continues(Changing, feed, BUSY, 500)
+
+
+def test_an_empty_chunk_changes_nothing() -> None:
+    checks.empty_chunk(Changing, feed, BUSY, 500)
+
+
+def test_the_input_is_neither_written_nor_remembered() -> None:
+    checks.input_kept(Changing, feed, BUSY, 500)
+
+
+def test_templates_may_change_though_nothing_was_heard_yet() -> None:
+    match = matcher()
+    match.use(templates(), np.full(3, THRESHOLD, np.float32))
+    assert len(match(recorded(silence(600), Event(1, 300)))) == 1
+
+
+def test_a_higher_threshold_holds_from_the_next_sample() -> None:
+    match = matcher()
+    traces = recorded(silence(900), Event(0, 300), Event(0, 600))
+    first = match(traces[:450])
+    match.use(templates(), np.full(3, 1e6, np.float32))
+    assert first["sample_index"].tolist() == [300] and not len(match(traces[450:]))
+
+
+def test_a_spike_comes_out_with_the_last_sample_of_its_margin() -> None:
+    match = matcher()
+    traces = recorded(silence(600), Event(0, 300))
+    came = [k for k in range(600) if len(match(traces[k : k + 1]))]
+    assert len(came) == 1 and 300 < came[0] <= 300 + match.margin
+
+
+def test_all_spikes_before_through_sample_have_come_out() -> None:
+    match = matcher()
+    for a, b in checks.pieces(0, LENGTH, [37], LENGTH):
+        known = match.through_sample
+        matches = match(BUSY[a:b])
+        assert (matches["sample_index"] >= known).all()
+        assert match.next_sample == b and match.through_sample >= b - match.margin - SPANS.look_back - 2
+
+
+def test_after_a_gap_it_is_as_new() -> None:
+    used, fresh = matcher(), matcher()
+    used(BUSY[:5000])
+    used(recorded(silence(500), Event(0, 495)))  # not decided when the gap comes
+    used.restart(1_000_000)
+    fresh.restart(1_000_000)
+    again, expected = used(BUSY[:4000]), fresh(BUSY[:4000])
+    assert len(expected) and again.tobytes() == expected.tobytes()
+    assert expected["sample_index"].min() > 1_000_000
+    checks.assert_same(used.settled(), fresh.settled())
+    shifted = matcher()(BUSY[:4000])
+    shifted["sample_index"] += 1_000_000
+    assert shifted.tobytes() == expected.tobytes()
+
+
+def test_memory_does_not_grow() -> None:
+    match, held = matcher(), []
+    for k in range(12):
+        match(BUSY)
+        match.settled()
+        held.append(len(pickle.dumps(match)))
+    assert max(held[2:]) <= min(held[2:]) + 50 * MATCH_DTYPE.itemsize
+
+
+def test_without_units_nothing_is_found_and_nothing_is_lost() -> None:
+    match = matcher([])
+    traces = recorded(silence(900), Event(0, 300), Event(0, 700))
+    assert not len(match(traces[:500]))
+    np.testing.assert_array_equal(match.residual(400, 500), traces[400:500].T)
+    match.use(templates(), np.full(3, THRESHOLD, np.float32))
+    assert match(traces[500:])["sample_index"].tolist() == [700]
+
+
+def test_compiling_beforehand_leaves_later_matchers_alone() -> None:
+    Match(CONFIG, 5, RATE).warmup(CONFIG)
+    assert len(matcher()(recorded(silence(600), Event(0, 300)))) == 1
+    assert len(kernels.peel.signatures) == 1
