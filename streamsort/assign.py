@@ -6,17 +6,18 @@ A peak that a spike explains lends its embedding to that unit, an unexplained on
 matcher's window and the peaks whose surroundings are not decided yet; nothing is learned here.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.bank import Bank
-from streamsort.cluster import Assignment
+from streamsort.cluster import Assignment, Space
 from streamsort.config import SorterConfig
 from streamsort.match import MATCH_DTYPE, Match
 from streamsort.probe import Probe
-from streamsort.records import SPIKE_DTYPE, UNSORTED, Flag, PeakBatch
+from streamsort.records import SPIKE_DTYPE, UNSORTED, Flag, PeakBatch, join_records
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -24,14 +25,16 @@ Ints = NDArray[np.int64]
 SAME_SPIKE_MS = 0.3  # a peak so near a spike, on one of its channels, is that spike
 _STILL_THERE = 0.9  # of the detection threshold: what remains of a peak after subtraction, or it counts as explained
 _LEFTOVER = 0.35  # of the height of the spike that explains it: no template is quite right
-_CERTAINTY = 0.5  # of a gain, the log-likelihood; less would call confident spikes doubtful (measured: see the README's calibration)
+_CERTAINTY = (
+    0.5  # of a gain, the log-likelihood; less would call confident spikes doubtful (measured: see the README's calibration)
+)
 
 
 class Explained(NamedTuple):
     """Peaks whose spikes are decided, row by row.
 
-    `unit` is the unit of the spike that explains it; -1 for none, such peaks are published as unsorted. `strange` are those of which
-    most is still there when all spikes are subtracted.
+    `unit` is the unit of the spike that explains it, -1 for none: such peaks are published as unsorted. `strange` are those of
+    which most is still there when all spikes are subtracted.
     """
 
     peaks: NDArray[Any]
@@ -86,6 +89,7 @@ class Assign:
         self.refresh()
         self._waiting: list[tuple[PeakBatch, Assignment]] = []
         self._recent = np.zeros(0, MATCH_DTYPE)
+        self._near_gap = np.zeros(0, np.int64)
 
     @property
     def through_sample(self) -> int:
@@ -108,16 +112,21 @@ class Assign:
         self.match.restart(start_sample)
         self.refresh()
 
-    def __call__(self, batch: PeakBatch, assignment: Assignment) -> tuple[NDArray[np.void], list[Explained]]:
-        """Take a batch with what its embeddings say; return matched spikes, and the peaks that are decided now."""
+    def __call__(self, batch: PeakBatch, assignment: Assignment | None) -> tuple[NDArray[np.void], list[Explained]]:
+        """Take a batch with what the embeddings of its peaks say, None without peaks; return matches, and peaks decided now."""
         explained = []
         if batch.start_sample != self.match.next_sample and len(batch.traces):
             explained = self._decide(batch.start_sample)  # what came before a gap is not going to be explained any more
             self.restart(batch.start_sample)
+        recent = self._near_gap >= self.match.through_sample - self.match.n_before
+        self._near_gap = np.concatenate([self._near_gap[recent], batch.start_sample + np.flatnonzero(batch.near_gap)])
         matches = self.match(batch.traces / self._noise)
-        self._recent = np.concatenate([self._recent, matches])
-        self._waiting.append((batch, assignment))
+        if len(matches):
+            self._recent = join_records([self._recent, matches])
+        if assignment is not None:
+            self._waiting.append((batch, assignment))
         explained += self._decide(self.through_sample)
+        self._recent = self._recent[self._recent["sample_index"] > self.through_sample - 2 * self._same]
         return matches[matches["sample_index"] >= self._published_through], explained
 
     def _decide(self, through_sample: int) -> list[Explained]:
@@ -126,22 +135,21 @@ class Assign:
         if not ready or int(ready[0][0].peaks["sample_index"][0]) >= through_sample:
             self._waiting = ready
             return []
-        peaks = np.concatenate([batch.peaks for batch, _ in ready])
+        peaks = join_records([batch.peaks for batch, _ in ready])
         snippets = np.concatenate([batch.snippets for batch, _ in ready])
         noise_level = np.concatenate([batch.noise_level for batch, _ in ready])
         assignment = Assignment.join([one for _, one in ready])
         n = int(np.searchsorted(peaks["sample_index"], through_sample))
-        rest = PeakBatch(0, 0, peaks[n:], snippets[n:], noise_level[n:], snippets[:0, 0], None)
-        self._waiting = [(rest, assignment.take(slice(n, None)))]
+        rest = PeakBatch(0, 0, peaks[n:], snippets[n:], noise_level[n:], snippets[:0, 0], np.zeros(0, bool), None)
+        self._waiting = [(rest, assignment.take(slice(n, None)))] if len(rest.peaks) else []
         unit, strange = self._explain(peaks[:n])
-        self._recent = self._recent[self._recent["sample_index"] > through_sample - 2 * self._same]
         return [Explained(peaks[:n], assignment.take(slice(0, n)), snippets[:n], noise_level[:n], unit, strange)]
 
     def _explain(self, peaks: NDArray[Any]) -> tuple[Ints, NDArray[np.bool_]]:
         match = explain(peaks, self._recent, self.bank.templates.channels[:, 0], self._nearby, self._same)
         unit = np.full(len(peaks), UNSORTED, np.int64)
         strange = np.zeros(len(peaks), bool)
-        heights = self._heights(self._recent)
+        heights = np.abs(self._heights(self._recent))
         for k, (sample_index, channel) in enumerate(zip(peaks["sample_index"].tolist(), peaks["channel"].tolist(), strict=True)):
             left = np.abs(self.match.residual(sample_index, sample_index + 1)[channel])
             least = self._threshold if match[k] < 0 else max(self._threshold, _LEFTOVER * heights[match[k]])
@@ -157,19 +165,25 @@ class Assign:
         heights: Floats = matches["amplitude"] * np.take_along_axis(waveform, extreme[:, None], axis=1)[:, 0]
         return heights
 
-    def forget_embeddings(self) -> None:
-        """Let no peak that still waits teach anything: it was embedded by another encoder."""
-        self._waiting = [(batch, Assignment.blank(len(batch.peaks), one.white.shape[1])) for batch, one in self._waiting]
+    def move(self, space: Space) -> None:
+        """Take the peaks that still wait to another encoder's space."""
+        self._waiting = [(batch, replace(one, white=one.white @ space.linear + space.shift)) for batch, one in self._waiting]
 
     def spikes(self, matches: NDArray[np.void]) -> NDArray[np.void]:
         """Return matches as spikes, all but their times; sample_index is that of the filtered traces."""
         t, rows = self.bank.templates, matches["row"]
         spikes = np.zeros(len(matches), SPIKE_DTYPE)
+        if not len(matches):
+            return spikes
         spikes["sample_index"] = matches["sample_index"]
         spikes["unit_id"] = np.array(self.unit_ids, np.int64)[rows]
         spikes["channel"] = t.channels[rows, 0]
         spikes["amplitude_uv"] = self._heights(matches) * self._noise[spikes["channel"]]
         spikes["flags"] = np.where(matches["collision"] > 0, int(Flag.COLLISION), 0)
+        first, last = (
+            np.searchsorted(self._near_gap, spikes["sample_index"] + k) for k in (-self.match.n_before, self.match.n_after)
+        )
+        spikes["flags"][last > first] |= int(Flag.NEAR_GAP)
         spikes["confidence"] = self._confidence(matches)
         return spikes
 
@@ -177,7 +191,7 @@ class Assign:
         """Return the probability that the unit is right: against noise, and against the next best unit."""
         over_noise = matches["gain"] - self.bank.threshold[matches["row"]]
         over_other = matches["gain"] - matches["runner_up"]
-        # Overlapped by a spike taken off before, a unit may gain less than its rival; what is hopeless is cut off before it overflows.
+        # Overlapped by a spike taken off before, a unit may gain less than its rival; cut off what would overflow.
         worst = np.float32(-100)
         doubt = np.exp(-_CERTAINTY * np.maximum(over_noise, worst)) + np.exp(-_CERTAINTY * np.maximum(over_other, worst))
         confidence: Floats = (1 / (1 + doubt)).astype(np.float32)

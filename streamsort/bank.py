@@ -49,7 +49,12 @@ class Bank:
     """
 
     def __init__(
-        self, maker: TemplateMaker, means: Floats, n_spikes: NDArray[np.int64], rates_hz: NDArray[np.float64], sampling_frequency: float
+        self,
+        maker: TemplateMaker,
+        means: Floats,
+        n_spikes: NDArray[np.int64],
+        rates_hz: NDArray[np.float64],
+        sampling_frequency: float,
     ) -> None:
         self._maker, self._rate, self._tightness, self._n_before = maker, sampling_frequency, maker.tightness, maker.n_before
         self.means, self.n_spikes, self.rates_hz = means.copy(), n_spikes.copy(), rates_hz.astype(np.float64)
@@ -72,15 +77,15 @@ class Bank:
         self._news = np.append(self._news, 0.0)
         self.templates = self._maker(self.means)
 
-    def likeness_to(self, mean: Floats) -> NDArray[np.float64]:
-        """Return the cosine of every unit's template with that of a mean snippet (n_samples, n_channels), (n_units,)."""
-        return likeness(self._maker(np.concatenate([self.means, mean[None]])))[-1, :-1]
+    def likeness_to(self, mean: Floats) -> tuple[NDArray[np.float64], float]:
+        """Compare a mean snippet (n_samples, n_channels) with the units: cosine with each template, (n_units,), and its energy."""
+        templates = self._maker(np.concatenate([self.means, mean[None]]))
+        return likeness(templates)[-1, :-1], float(templates.energy[-1])
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, in this order."""
-        self.means, self.n_spikes, self.rates_hz, self._news = (
-            array[rows] for array in (self.means, self.n_spikes, self.rates_hz, self._news)
-        )
+        self.means, self.n_spikes = self.means[rows], self.n_spikes[rows]
+        self.rates_hz, self._news = self.rates_hz[rows], self._news[rows]
         self.templates = self._maker(self.means)
 
     def reset(self, row: int, mean: Floats, n_spikes: int) -> None:
@@ -137,7 +142,7 @@ class Bank:
         return self.remake(_MOST_REMADE)
 
     def _expected_amplitude(self) -> NDArray[np.float64]:
-        """Return the mean score over energy of the spikes that pass the threshold: more than 1 for a unit that is hardly above it."""
+        """Return the mean score over energy of the spikes that pass the threshold: over 1 for a unit hardly above it."""
         energy = np.maximum(self.templates.energy.astype(np.float64), 1.0)
         least = (self.threshold - energy) / 2 / np.sqrt(energy)
         hazard = np.exp(-(least**2) / 2) / np.sqrt(2 * np.pi) / np.maximum(ndtr(-least), 1e-6)
@@ -169,7 +174,7 @@ class Bank:
         return bool(len(rows))
 
     def _anchor(self, row: int) -> None:
-        """Hold a template's trough where it belongs: spikes are aligned to their template, so nothing else does, and it would creep."""
+        """Hold a template's trough where it belongs: spikes are aligned to it, so nothing else does, and it would creep."""
         t = self.templates
         waveform = t.centred[row][:, 0]
         extreme = waveform.argmax() if waveform.max() > -_POSITIVE * waveform.min() else waveform.argmin()

@@ -162,7 +162,9 @@ def calibrate(
     kept = reject | (total >= config.min_spikes)
     names = np.full(n_clusters + 1, -1, np.int64)  # by cluster; the last is that of peaks in none
     names[:-1][kept] = _renumber(unit[kept], size[kept])
-    return Calibration(whitening, home[kept], names[:-1][kept], size[kept], mean[kept], spread[kept], template[kept], names[cluster])
+    return Calibration(
+        whitening, home[kept], names[:-1][kept], size[kept], mean[kept], spread[kept], template[kept], names[cluster]
+    )
 
 
 def _by_channel(channel: Ints) -> list[Ints]:

@@ -59,12 +59,6 @@ class Assignment:
         """Put several one after the other."""
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
-    @classmethod
-    def blank(cls, n: int, n_dims: int) -> "Assignment":
-        """Return what says nothing: no prototype, no distance."""
-        nowhere = np.full(n, UNSORTED, np.int64)
-        return cls(nowhere, nowhere, np.zeros((n, n_dims), np.float32), np.zeros(n, np.float32), np.zeros(n, np.float32))
-
     def take(self, rows: slice | NDArray[Any]) -> "Assignment":
         """Return some of the rows."""
         return Assignment(*(getattr(self, field.name)[rows] for field in fields(self)))

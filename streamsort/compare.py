@@ -72,7 +72,8 @@ class Comparison:
     def of_partners(self) -> NDArray[np.bool_]:
         """Tell which coincidences are those of matched units: true positives."""
         i, j = self.near
-        return self.partner[self.true.unit[i]] == self.found.unit[j]
+        right: NDArray[np.bool_] = self.partner[self.true.unit[i]] == self.found.unit[j]
+        return right
 
     @property
     def true_right(self) -> NDArray[np.bool_]:

@@ -137,8 +137,8 @@ class MatchConfig:
     """Templates and how they are matched."""
 
     ms_before: float = 0.6
-    # Look-ahead, together with sweep_ms. The band-pass draws spikes out: with 1.0 units of SNR 3 on a tetrode lose 0.05 of accuracy,
-    # with 0.8 they lose 0.18.
+    # Look-ahead, together with sweep_ms. The band-pass draws spikes out: with 1.0 units of SNR 3 on a tetrode lose 0.05 of
+    # accuracy, with 0.8 they lose 0.18.
     ms_after: float = 1.3
     n_channels: int = 12  # of a template: those where it is largest
     radius_um: float = 120.0  # and which lie this near its largest
@@ -147,7 +147,7 @@ class MatchConfig:
     refractory_ms: float = 1.0  # a unit does not fire twice within this
     rounds: int = 6  # overlapping spikes looked for at one place
     amplitude_spread: float = 0.13  # standard deviation of a spike's size over its unit's
-    tolerance: float = 0.1  # of a subtracted spike, so much may be left and is not taken for another
+    tolerance: float = 0.2  # of a subtracted spike, so much may be left and is not taken for another
 
     def __post_init__(self) -> None:
         for name in ("ms_before", "ms_after", "sweep_ms", "refractory_ms", "amplitude_spread"):
@@ -189,11 +189,14 @@ class StreamConfig:
     """Threads and queues."""
 
     queue_s: float = 10.0  # data that may wait before a live source's chunks are dropped (and counted)
+    # As long as nobody waits for units: making them takes longer than queue_s on a large probe, and is caught up with afterwards.
+    calibration_queue_s: float = 180.0
     deadline_ms: float = 10.0  # a spike published later than this after its trough carries the flag `late`
     status_s: float = 1.0  # units and status are published this often
 
     def __post_init__(self) -> None:
-        _require(self.queue_s > 0, "stream.queue_s", self.queue_s, "a positive number of seconds")
+        for name in ("queue_s", "calibration_queue_s"):
+            _require(getattr(self, name) > 0, f"stream.{name}", getattr(self, name), "a positive number of seconds")
         _require(self.deadline_ms > 0, "stream.deadline_ms", self.deadline_ms, "a positive number of ms")
         _require(self.status_s > 0, "stream.status_s", self.status_s, "a positive number of seconds")
 

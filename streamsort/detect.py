@@ -117,6 +117,11 @@ class Detect:
         self._next_sample = -1
         self._find(0, 0)  # compiles
 
+    @property
+    def settled_from(self) -> int:
+        """Samples before it lie near the start or a gap."""
+        return int(self._spans[4])
+
     def reset(self) -> None:
         """Forget the traces, as after a gap."""
         self._next_sample = -1

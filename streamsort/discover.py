@@ -1,8 +1,9 @@
 """What the known units leave unexplained: spikes too small for the threshold of a single channel, and groups of them.
 
-In come stretches of the residual, out go candidates: samples at which a matched filter for a spike of the usual shape, weighted over
-the channels nearby and against the noise, stands out. It is 1.5 to 2 times as sensitive as a threshold on one channel. Candidates of
-one channel that look alike make a group, a unit's first template. Used while calibrating; kept are the candidates' snippets.
+In come stretches of the residual, out go candidates: samples at which a matched filter for a spike of the usual shape, weighted
+over the channels nearby and against the noise, stands out; weak spikes do so there that reach no threshold on any one channel.
+Candidates of one channel that look alike make a group, a unit's first template. Used while calibrating; kept are the candidates'
+snippets.
 """
 
 from typing import NamedTuple
@@ -95,7 +96,9 @@ class Discover:
             if len(mine) < n_least:
                 continue
             near = self._near[c][self._near[c] >= 0]
-            white = np.einsum("ntk,tb,kj->nbj", snippets[mine][:, :, near], self._basis, self._noise.space_root(near), optimize=True)
+            white = np.einsum(
+                "ntk,tb,kj->nbj", snippets[mine][:, :, near], self._basis, self._noise.space_root(near), optimize=True
+            )
             label = split_by_valleys(white.reshape(len(mine), -1).astype(np.float32), config, rng)
             for k in range(int(label.max()) + 1):
                 members = mine[label == k]
@@ -105,7 +108,7 @@ class Discover:
 
 
 def _footprints(probe: Probe, noise: NoiseModel, near: NDArray[np.int32], reach_um: float) -> Floats:
-    """Return, per channel, weights of the channels around it that make an exponential footprint stand out of noise of variance 1."""
+    """Return, per channel, weights that make an exponential footprint around it stand out of noise of variance 1."""
     distances = probe.distances_um()
     mixing = np.zeros(distances.shape)
     for c in range(len(distances)):

@@ -1,9 +1,9 @@
 """What a sorter knows of the units, and changes at learning boundaries alone.
 
-Spikes and peaks come in with what they were taken for; kept are the templates, the prototypes of the embeddings, the displacement of
-the tissue, the registry of units with its ledger, and the memory of the recent past. At the first boundary all that was gathered
-becomes units; at later ones the units follow their spikes, all of them move when the tissue does at once, and peaks that fitted none
-may open a new one. Another encoder may take the place of the one in force: the prototypes then move to its space.
+Spikes and peaks come in with what they were taken for; kept are the templates, the prototypes of the embeddings, the displacement
+of the tissue, the registry of units with its ledger, and the memory of the recent past. At the first boundary all that was
+gathered becomes units; at later ones the units follow their spikes, all of them move when the tissue does at once, and peaks that
+fitted none may open a new one. Another encoder may take the place of the one in force: the prototypes then move to its space.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from streamsort.config import SorterConfig
 from streamsort.match import Match
 from streamsort.motion import Motion
 from streamsort.probe import Probe
-from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch
+from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch, join_records
 from streamsort.refine import find_units, framed
 from streamsort.reservoir import Member, Memory, Period, Reservoir
 from streamsort.snippets import Snippets
@@ -29,6 +29,7 @@ from streamsort.warmup import Warmup
 Floats = NDArray[np.float32]
 
 # Newcomers so like a unit are that unit; less will do for one that missed so many spikes, it moved.
+_BIRTH_ENERGY = 60.0  # weaker groups of strangers are mostly what larger spikes leave
 _LIKENESS, _LIKENESS_LOST, _MISSED_SPIKES, _LEAST_HZ = 0.85, 0.6, 6.0, 0.5
 
 
@@ -136,10 +137,11 @@ class Learner:
         """Return the spikes that are decided by this batch, matched or not, and keep what they teach until the next boundary."""
         if len(batch.peaks):
             self._moving.append((noise_units(batch.snippets, batch.noise_level), batch.peaks["channel"]))
-        matches, explained = assign(batch, prototypes.predict(embeddings, batch.peaks["channel"]))
+        assignment = prototypes.predict(embeddings, batch.peaks["channel"]) if len(batch.peaks) else None
+        matches, explained = assign(batch, assignment)
         spikes = assign.spikes(matches)
-        spikes["flags"] |= self.registry.flags(spikes["unit_id"])
         if len(matches):
+            spikes["flags"] |= self.registry.flags(spikes["unit_id"])
             energy = assign.bank.templates.energy[matches["row"]]
             self._published.append((spikes, self._heights(assign, spikes), (energy - matches["gain"]) / np.sqrt(energy + 1)))
         self._taught += explained
@@ -155,7 +157,8 @@ class Learner:
         if self._taught:
             self._teach(prototypes)
         if self._published:
-            spikes, heights, distance = (np.concatenate(part) for part in zip(*self._published, strict=True))
+            parts, *more = zip(*self._published, strict=True)
+            spikes, (heights, distance) = join_records(parts), map(np.concatenate, more)
             self._published = []
             order = np.argsort(spikes["sample_index"], kind="stable")
             y_um = np.array([self.registry.units[name].y_um for name in spikes["unit_id"].tolist()], np.float32)
@@ -172,14 +175,17 @@ class Learner:
         """Let prototypes follow the peaks that spikes explain, and remember those that nothing does."""
         taught, self._taught = self._taught, []
         assignment = Assignment.join([one.assignment for one in taught])
-        peaks, unit, strange = (np.concatenate([getattr(one, name) for one in taught]) for name in ("peaks", "unit", "strange"))
+        peaks = join_records([one.peaks for one in taught])
+        unit, strange = (np.concatenate([getattr(one, name) for one in taught]) for name in ("unit", "strange"))
         snippets = noise_units(
             np.concatenate([one.snippets for one in taught]), np.concatenate([one.noise_level for one in taught])
         )
         self.memory.add_period(Period(peaks, assignment.unit, assignment.white, snippets))
         agreed = (unit >= 0) & (assignment.unit == unit)
         self.memory.add_members(np.where(agreed, prototypes.surely(assignment), -1), peaks, assignment.white, snippets)
-        use = agreed | (strange & (assignment.distance > 0))
+        # What no template explains is strange, however near a unit its embedding lies; not so what lies near rejected noise.
+        assignment.distance[strange & (assignment.unit >= 0)] = np.inf
+        use = agreed | strange
         prototypes.learn(assignment.take(use), peaks[use], snippets[use])
 
     def _step(self, assign: Assign, boundary: int) -> None:
@@ -189,13 +195,16 @@ class Learner:
         change = np.interp(depths, self.motion.depth_um, self.motion.change_um)
         bank.move(change, self._near, self._probe.channel_locations)
         self.registry.record(
-            "drift_step", boundary, None, f"tissue moved by {float(self.motion.change_um[np.abs(self.motion.change_um).argmax()]):.0f} um"
+            "drift_step",
+            boundary,
+            None,
+            f"tissue moved by {float(self.motion.change_um[np.abs(self.motion.change_um).argmax()]):.0f} um",
         )
 
-    def _owner(self, assign: Assign, mean: Floats, boundary: int) -> tuple[int, bool]:
+    def _owner(self, assign: Assign, likeness: NDArray[np.float64], boundary: int) -> tuple[int, bool]:
         """Return the unit that newcomers are, -1 for none, and whether it lost them: it is silent though it usually is not."""
         best, owner, lost = _LIKENESS, UNSORTED, False
-        for row, cosine in enumerate(assign.bank.likeness_to(mean).tolist()):
+        for row, cosine in enumerate(likeness.tolist()):
             unit = self.registry.units.get(assign.unit_ids[row])
             if unit is None:
                 continue
@@ -214,7 +223,7 @@ class Learner:
         self.prototypes = prototypes.in_space(space)
         self.memory = Memory(self._config.refresh, self._rate, members)
         if self.assign is not None:
-            self.assign.forget_embeddings()
+            self.assign.move(space)
 
     def _clusters(self, peaks: NDArray[Any], embeddings: Floats, snippets: Floats, heights: Floats) -> Calibration:
         config = self._config
@@ -250,12 +259,13 @@ class Learner:
         channels = self._snippets.neighbors[newcomer.channel]
         template = framed(newcomer.template[None], assign.match.n_before - self._snippets.n_before, n_samples)[0]
         mean[:, channels[channels >= 0]] = template[:, channels >= 0]
-        unit_id, lost = self._owner(assign, mean, boundary)
+        likeness, energy = assign.bank.likeness_to(mean)
+        unit_id, lost = self._owner(assign, likeness, boundary)
         if lost:
             assign.bank.reset(assign.unit_ids.index(unit_id), mean, newcomer.n_spikes)
         elif unit_id != UNSORTED or newcomer.unit != UNSORTED:  # odd spikes of one that fires as ever
             unit_id = max(unit_id, newcomer.unit)
-        elif not prototypes.is_noise(newcomer):
+        elif energy > _BIRTH_ENERGY and not prototypes.is_noise(newcomer):
             unit_id = self.registry.born(boundary, "new cluster", n_spikes=newcomer.n_spikes)
             assign.bank.add(mean, newcomer.n_spikes, newcomer.n_spikes / self._config.cluster.birth_s)
             assign.unit_ids.append(unit_id)

@@ -16,6 +16,7 @@ from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
 from streamsort.kernels.match import clean_snippets, peel, score_units
 from streamsort.probe import Probe
+from streamsort.records import join_records
 from streamsort.templates import TemplateMaker, Templates
 
 Floats = NDArray[np.float32]
@@ -173,7 +174,7 @@ class Match:
             In the order they were found: one that another spike had hidden comes after it.
         """
         parts = [self._step(traces[i : i + _FREE_COLUMNS]) for i in range(0, len(traces), _FREE_COLUMNS)]
-        return np.concatenate(parts) if parts else np.zeros(0, MATCH_DTYPE)
+        return parts[0] if len(parts) == 1 else join_records([np.zeros(0, MATCH_DTYPE), *parts])
 
     def _step(self, traces: Floats) -> NDArray[np.void]:
         self._append(traces)
@@ -190,7 +191,7 @@ class Match:
         for name in ("amplitude", "gain", "runner_up"):
             matches[name] = getattr(self._window, name)[:n]
         if n:
-            self._unsettled = np.concatenate([self._unsettled, matches])
+            self._unsettled = join_records([self._unsettled, matches])
         if len(self._unsettled):
             self._settle()
         return matches
@@ -205,7 +206,7 @@ class Match:
             The residual plus the spike itself, as if it had come at a whole sample and alone.
         """
         n_channels, n_samples = len(self._window.residual), self.n_before + self.n_after
-        matches = np.concatenate([np.zeros(0, MATCH_DTYPE), *(part for part, _ in self._settled)])
+        matches = join_records([np.zeros(0, MATCH_DTYPE), *(part for part, _ in self._settled)])
         snippets = np.concatenate([np.zeros((0, n_samples, n_channels), np.float32), *(part for _, part in self._settled)])
         self._settled.clear()
         return matches, snippets
@@ -219,7 +220,9 @@ class Match:
         matches, self._unsettled = self._unsettled[done], self._unsettled[~done]
         snippets = np.empty((len(matches), n_samples, len(self._window.residual)), np.float32)
         first = matches["sample_index"] - self._origin - self.n_before
-        clean_snippets(self._window.residual, self.templates, first, matches["row"], matches["amplitude"], snippets)
+        # Contiguous: a field's view of several records is another type to numba than that of one, and would be compiled for live.
+        row, amplitude = (np.ascontiguousarray(matches[name]) for name in ("row", "amplitude"))
+        clean_snippets(self._window.residual, self.templates, first, row, amplitude, snippets)
         self._settled.append((matches, snippets))
 
     def _append(self, traces: Floats) -> None:

@@ -40,10 +40,10 @@ class BoundedQueue(Generic[T]):
             self._changed.wait_for(lambda: self._closed or self._has_room(weight))
             return self._append(item, weight)
 
-    def offer(self, item: T, weight: float) -> bool:
-        """Append if there is room now."""
+    def offer(self, item: T, weight: float, limit: float | None = None) -> bool:
+        """Append if there is room now, by another limit than the queue's own if one is given."""
         with self._changed:
-            return self._has_room(weight) and self._append(item, weight)
+            return self._has_room(weight, limit) and self._append(item, weight)
 
     def push(self, item: T, weight: float) -> int:
         """Append in any case; return how many of the oldest had to go."""
@@ -93,8 +93,8 @@ class BoundedQueue(Generic[T]):
             self._closed = True
             self._changed.notify_all()
 
-    def _has_room(self, weight: float) -> bool:
-        return not self._items or self._weight + weight <= self._limit
+    def _has_room(self, weight: float, limit: float | None = None) -> bool:
+        return not self._items or self._weight + weight <= (self._limit if limit is None else limit)
 
     def _append(self, item: T, weight: float) -> bool:
         if self._closed:

@@ -1,10 +1,10 @@
 """Calibration's second half: from the first idea of the units to templates that explain the warm-up.
 
-In come the traces of the warm-up and a mean snippet per presumed unit; out go the units' templates as they are at its end. The warm-up
-is matched several times over, just as it would be live, templates following their units; between the passes each unit has to hold its
-own: what echoes a larger one, hugs the threshold or is too rare goes, what cannot be told apart becomes one, what falls in two is
-split, and groups of spikes that nothing explained are added. Weak units appear that no threshold on one channel would show, and
-overlapping spikes count for both.
+In come the traces of the warm-up and its peaks with a first idea of their units; out go the units' templates as they are at its
+end. The warm-up is matched several times over, just as it would be live, templates following their units; between the passes each
+unit has to hold its own: what echoes a larger one, hugs the threshold or is too rare goes, what cannot be told apart becomes one,
+what falls in two is split, and groups of spikes that nothing explained are added. Weak units appear that no threshold on one
+channel would show, and overlapping spikes count for both.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,8 @@ Ints = NDArray[np.int64]
 
 _ROUNDS, _ROUNDS_DISCOVERING, _ROUNDS_SPLITTING = 7, 4, 5
 _LEAST_ENERGY = 14.0  # nearer to the noise a unit's spikes are mostly noise
-_ECHO_MS, _MOST_ECHOES = 1.5, 0.35  # a unit with more of its spikes this near a larger neighbour's, beyond chance, is its leftovers
+# A unit with more of its spikes this near a larger neighbour's, beyond chance, is its leftovers; a strong one if nearly all are.
+_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 1.5, 0.35, 0.75, 100.0
 _LEAST_EXCESS = 3.5  # of the mean gain over the threshold; noise has 2.3
 _SAME = 16.0, 0.98  # squared distance, or cosine, at which two templates are one unit
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
@@ -60,7 +61,7 @@ class _Pass:
 
     def mean(self, row: int, members: NDArray[np.bool_] | slice) -> Floats:
         """Return the mean of some of a unit's snippets on all channels, (n_samples, n_channels)."""
-        mean = np.zeros_like(self.bank.means[row])
+        mean: Floats = np.zeros_like(self.bank.means[row])
         mean[:, self.channels[row]] = np.array(self.snippets[row])[members].mean(axis=0)
         return mean
 
@@ -180,15 +181,14 @@ class Refine:
         shape = self._n_before + self._n_after, self._probe.n_channels
         return np.array(means, np.float32).reshape(-1, *shape), np.array(rates), np.array(n_spikes, np.int64)
 
-    def _pass(
-        self, means: Floats, rates: NDArray[np.float64], n_spikes: Ints, discovering: bool, seeds: Seeds | None
-    ) -> _Pass:
+    def _pass(self, means: Floats, rates: NDArray[np.float64], n_spikes: Ints, discovering: bool, seeds: Seeds | None) -> _Pass:
         """Match the warm-up once, templates following their units, and units born of seeds."""
         bank = Bank(self._maker, means, n_spikes, rates, self._rate)
         done = _Pass(bank, np.zeros(0, MATCH_DTYPE), [], [], [], np.zeros((0, 0)))
         match = Match(self._config.match, self._probe.n_channels, self._rate)
         self._latest = np.zeros(0, MATCH_DTYPE)
         found, looked, seeded = [], 0, self._stretches[0][0]
+        seed_s = min(_SEED_S, self._seconds / 4)
         for start_sample, traces in self._stretches:
             if start_sample != match.next_sample:
                 match.restart(start_sample)
@@ -199,11 +199,11 @@ class Refine:
             self._keep(done, matches, snippets)
             looked = self._look(match, matches, bank.templates, looked, discovering, seeds)
             bank.learn(matches, snippets, len(traces) / self._rate)
-            if start_sample - seeded > _SEED_S * self._rate:
+            if start_sample - seeded > seed_s * self._rate:
                 seeded = start_sample
                 done.see_likeness()
                 for mean in seeds.births(_SEED_SPIKES) if seeds is not None else ():
-                    bank.add(mean, _SEED_SPIKES, _SEED_SPIKES / _SEED_S)
+                    bank.add(mean, _SEED_SPIKES, _SEED_SPIKES / seed_s)
         self._keep(done, np.zeros(0, MATCH_DTYPE), np.zeros((0, *bank.means.shape[1:]), np.float32))
         done.see_likeness()
         done.matches = np.concatenate(found) if found else done.matches
@@ -256,7 +256,8 @@ class Refine:
         kept: list[int] = []
         for row in np.argsort(-templates.energy, kind="stable").tolist():
             larger = [other for other in kept if other in templates.rivals[row]]
-            if good[row] and len(done.snippets[row]) > 1 and not any(self._echoes(trains[row], trains[other]) for other in larger):
+            energy = float(templates.energy[row])
+            if good[row] and len(done.snippets[row]) > 1 and not any(self._echoes(trains[row], trains[o], energy) for o in larger):
                 kept.append(row)
         return self._distinct(done, kept, trains), counts
 
@@ -281,19 +282,19 @@ class Refine:
         return sum(energies) - 2 * product < _SAME[0] or product > _SAME[1] * float(np.sqrt(energies[0] * energies[1]))
 
     def _shared_time(self, a: Ints, b: Ints) -> float:
-        """Return how much of the rarer unit's firing falls where the other fires as usual; near 1 for two that do not mind each other."""
+        """Return how much of the rarer unit's firing falls where the other fires as usual; near 1 for two neurons."""
         edges = np.arange(self._stretches[0][0], self._stretches[-1][0] + _BIN_S * self._rate, _BIN_S * self._rate)
         x, y = np.histogram(a, edges)[0], np.histogram(b, edges)[0]
         return float(np.minimum(x / max(x.mean(), 1e-9), y / max(y.mean(), 1e-9)).mean())
 
-    def _echoes(self, train: Ints, larger: Ints) -> bool:
-        """Tell whether too many spikes come with those of another unit."""
+    def _echoes(self, train: Ints, larger: Ints, energy: float) -> bool:
+        """Tell whether a row is what another unit leaves: most of its spikes come with that unit's, or many and it is weak."""
         train, larger = np.sort(train), np.sort(larger)
         at = np.searchsorted(larger, train)
         padded = np.concatenate([[-(1 << 40)], larger, [1 << 40]])
         near = np.minimum(train - padded[at], padded[at + 1] - train) <= self._echo_samples
-        chance = len(larger) * 2 * self._echo_samples / (self._seconds * self._rate)
-        return bool(near.mean() - chance > _MOST_ECHOES)
+        share = near.mean() - len(larger) * 2 * self._echo_samples / (self._seconds * self._rate)
+        return bool(share > (_MOST_ECHOES if energy < _STRONG else _ALL_ECHOES))
 
     def _parts(self, done: _Pass, row: int) -> list[NDArray[np.bool_]]:
         """Return masks of the two units that one row's spikes are of, or of one."""
@@ -341,7 +342,12 @@ def _interleaved(second: NDArray[np.bool_]) -> bool:
 
 
 def find_units(
-    config: SorterConfig, probe: Probe, sampling_frequency: float, warmup: Sequence[Stretch], peaks: NDArray[Any], clusters: Calibration
+    config: SorterConfig,
+    probe: Probe,
+    sampling_frequency: float,
+    warmup: Sequence[Stretch],
+    peaks: NDArray[Any],
+    clusters: Calibration,
 ) -> tuple[Bank, NDArray[np.void]]:
     """Make units of a warm-up's traces and of the clusters its peaks form.
 
@@ -381,7 +387,7 @@ def find_units(
 
 
 def framed(waveforms: Floats, shift: int, n_samples: int) -> Floats:
-    """Return waveforms (n, n_snippet_samples, ...) in a window of `n_samples`, `shift` samples later; silence where they are unknown."""
+    """Return waveforms (n, n_snippet_samples, ...) in a window of `n_samples`, `shift` later; 0 where they are unknown."""
     out = np.zeros((len(waveforms), n_samples, *waveforms.shape[2:]), np.float32)
     first, stop = max(shift, 0), min(shift + waveforms.shape[1], n_samples)
     out[:, first:stop] = waveforms[:, first - shift : stop - shift]

@@ -52,7 +52,8 @@ class Sorter:
     Attributes
     ----------
     margin_samples : int
-        Look-ahead: a spike is emitted once so many samples after its trough are there.
+        Look-ahead: a spike is emitted once so many samples after its trough are there; one that no unit explains, or that another
+        had hidden, up to two milliseconds later.
     calibrated : bool
         Whether units exist; until then every spike is unsorted.
     progress : float
@@ -81,16 +82,16 @@ class Sorter:
         self._period_samples = max(round(config.cluster.period_s * rate), 1)
         self._warmup_samples = round(config.warmup_s * rate)
         self._next_sample: int | None = None
-        self._through_sample = 0
+        self._through_sample = self._published_through = 0
         self._learned_through = 0
 
     @property
     def margin_samples(self) -> int:
-        return self._detect.margin + self._preprocess.delay_samples
+        return max(self._detect.margin, self._match_margin) + self._preprocess.delay_samples
 
     @property
     def calibrated(self) -> bool:
-        return self._learner.prototypes is not None
+        return self._learner.assign is not None
 
     @property
     def progress(self) -> float:
@@ -158,10 +159,11 @@ class Sorter:
             spikes = learner.name(learner.assign, learner.prototypes, batch, embeddings)
             through = learner.assign.through_sample
         spikes["sample_index"] -= self._preprocess.delay_samples
-        spikes = spikes[np.lexsort((spikes["unit_id"], spikes["sample_index"]))]
+        if len(spikes) > 1:
+            spikes = spikes[np.lexsort((spikes["unit_id"], spikes["sample_index"]))]
         spikes["time"] = batch.t_origin + spikes["sample_index"] / self.info.sampling_frequency
-        through = max(through - self._preprocess.delay_samples, 0)
-        return Output(through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired, model=self.encoder.name)
+        self._published_through = max(through - self._preprocess.delay_samples, 0)
+        return Output(self._published_through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired, model=self.encoder.name)
 
     def learn(self) -> None:
         """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""
@@ -179,13 +181,13 @@ class Sorter:
             learner.learn(learner.assign, learner.prototypes, boundary)
             self._learned_through = boundary
             while self._offers:
-                self._decide(*self._offers.popleft(), max(boundary - self.margin_samples, 0))
+                self._decide(*self._offers.popleft(), self._published_through)
 
     def offer(self, verdict: Verdict, encoder: Encoder | None = None) -> None:
         """Let another encoder take over at the next learning boundary, or a refusal be told then; from any thread.
 
-        The ledger says so in an event `model`. Its `sample_index` is that of the first sample whose spikes the new encoder names:
-        the spikes of the outputs before lie before it, those of the output that carries the event and of all after it do not.
+        The ledger says so in an event `model`. No spike of the output that carries the event, or of one after it, lies before its
+        `sample_index`; of the outputs before, all but those of the last two milliseconds do.
 
         Parameters
         ----------
@@ -280,6 +282,7 @@ class Sorter:
             snippets=snippets,
             noise_level=self._noise_of(peaks),
             traces=filtered,
+            near_gap=(self._preprocess.unusable != 0) | (np.arange(start, start + len(traces)) < self._detect.settled_from),
             channel_noise=self._preprocess.noise_level,
             t_origin=chunk.t_origin,
             t_acquired=chunk.t_acquired,

@@ -107,6 +107,7 @@ class Stream:
         self._counts = _Counts()
         self._sorter_status: dict[str, Any] = {}
         self._dropped: list[Gap] = []
+        self._caught_up = False
         self._status_due = 0.0
         self._through_sample = 0
         self._threads: list[threading.Thread] = []
@@ -229,8 +230,7 @@ class Stream:
         """Queue a chunk, with what was dropped before it; or drop it."""
         counts = self._counts
         offered = replace(chunk, gaps=(*self._dropped, *chunk.gaps)) if self._dropped else chunk
-        put = self._chunks.offer if self._live else self._chunks.put
-        if put(offered, chunk.n_samples):
+        if self._take_in(offered):
             self._dropped = []
             counts.chunks += 1
             counts.samples_acquired += chunk.n_samples
@@ -241,6 +241,15 @@ class Stream:
         if self._live:
             t_newest = chunk.t_origin + chunk.end_sample / self._source.info.sampling_frequency
             self._latency["acquire"].add(chunk.t_acquired - t_newest)
+
+    def _take_in(self, chunk: Chunk) -> bool:
+        """Queue a chunk; a live source's only if there is room, of which there is more until calibration is caught up with."""
+        if not self._live:
+            return self._chunks.put(chunk, chunk.n_samples)
+        rate = self._source.info.sampling_frequency
+        self._caught_up |= self._sorter.calibrated and self._chunks.weight < self._config.queue_s * rate / 2
+        waiting_s = self._config.queue_s if self._caught_up else max(self._config.queue_s, self._config.calibration_queue_s)
+        return self._chunks.offer(chunk, chunk.n_samples, waiting_s * rate)
 
     def _drop(self, chunk: Chunk) -> None:
         """Remember what is missing, as one gap while chunk follows chunk."""

@@ -1,9 +1,9 @@
 """The units' mean waveforms as matched filters.
 
 In come a mean snippet per unit on all channels and the noise between the spikes; out go, for the channels on which the unit is
-large, low-rank filters (template times inverse noise covariance), the template at sub-sample shifts to be subtracted, and its energy:
-the squared distance between unit and noise, in units in which noise has variance 1 whatever the filter. Three ranks hold a spike
-that travels along a dendrite; more of them would hold noise, and each costs time at every sample.
+large, low-rank filters (template times inverse noise covariance), the template at sub-sample shifts to be subtracted, and its
+energy: the squared distance between unit and noise, in units in which noise has variance 1 whatever the filter. Three ranks hold a
+spike that travels along a dendrite; more of them would hold noise, and each costs time at every sample.
 """
 
 from typing import NamedTuple
@@ -150,7 +150,8 @@ class TemplateMaker:
         near = self._near[int(size.argmax())]
         near = near[near >= 0]
         order = np.argsort(-size[near], kind="stable")
-        return near[order][: self._config.n_channels].astype(np.int32)
+        chosen: Ints = near[order][: self._config.n_channels].astype(np.int32)
+        return chosen
 
 
 def taper(n_samples: int) -> NDArray[np.float64]:
@@ -184,7 +185,7 @@ def overlap(templates: Templates, a: int, b: int, max_lag: int = 8) -> tuple[flo
 
 def likeness(templates: Templates) -> NDArray[np.float64]:
     """Return the cosine between every two templates, whitened, without lag, (n_units, n_units)."""
-    n_units, n_samples, n_neighbors = templates.filters.shape
+    n_units, n_samples, _ = templates.filters.shape
     shape = n_units, templates.place.shape[1], n_samples
     filters, means = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
     unit, column = np.nonzero(templates.channels >= 0)

@@ -47,14 +47,14 @@ def peak_height(before: float, here: float, after: float) -> float:
     square, slope, _ = np.polyfit([-1.0, 0.0, 1.0], [before, here, after], 2)
     if before > here or after > here or square >= 0:
         return here
-    return here - slope * slope / (4 * square)
+    return float(here - slope * slope / (4 * square))
 
 
 class Peeler:
     """Greedy matching on a tiny recording, as the docstrings of `peel` and of those it calls define it."""
 
     def __init__(self, residual: Reals, t: Any, threshold: NDArray[Any], spans: Any, limits: Limits) -> None:
-        self.residual, self.t, self.threshold, self.spans, self.limits = residual.astype(float), t, threshold, spans, limits
+        self.residual, self.t, self.threshold, self.spans, self.limits = residual.copy(), t, threshold, spans, limits
         n_channels, self.n_samples = len(residual), t.temporal.shape[2]
         self.filters = [filter_on_all(t, u, n_channels) for u in range(len(t.energy))]
         self.last = [-(10**9)] * len(self.filters)
@@ -63,16 +63,14 @@ class Peeler:
         self.measured: list[tuple[float, float, float]] = []
 
     def score(self, unit: int, column: int) -> float:
-        return score_at(self.residual, self.filters[unit], column, self.spans.n_before)
+        return score_at(self.residual, self.filters[unit], column, int(self.spans.n_before))
 
     def gain(self, unit: int, score: float) -> float:
         return best_amplitude(score, float(self.t.energy[unit]), float(self.spans.tightness), self.limits)[1]
 
     def possible(self, unit: int, column: int) -> bool:
-        return (
-            0 < self.score(unit, column) <= self.limits.too_large * self.t.energy[unit]
-            and abs(column - self.last[unit]) >= self.spans.refractory
-        )
+        usual = 0 < self.score(unit, column) <= self.limits.too_large * float(self.t.energy[unit])
+        return usual and abs(column - self.last[unit]) >= int(self.spans.refractory)
 
     def rivals(self, unit: int) -> list[int]:
         """Units with a channel in common."""
@@ -99,13 +97,14 @@ class Peeler:
                 before, here, after = (self.score(unit, c) for c in (column - 1, column, column + 1))
                 if not self.possible(unit, column) or before > here or after > here:
                     continue
-                gain = self.gain(unit, peak_height(before, here, after)) - self.spans.tolerance * self.leftovers(unit, column)
-                if gain <= self.threshold[unit] or (best is not None and gain <= best[2]):
+                gain = self.gain(unit, peak_height(before, here, after))
+                certain = gain - self.spans.tolerance * self.leftovers(unit, column)
+                if certain <= self.threshold[unit] or (best is not None and certain <= best[2]):
                     continue
                 sweep = range(column - self.spans.sweep, column + self.spans.sweep + 1)
                 rivals = [(v, c) for v in self.rivals(unit) for c in sweep if (v, c) != (unit, column) and self.possible(v, c)]
                 if all(self.gain(v, self.score(v, c)) <= gain for v, c in rivals):
-                    best = unit, column, gain
+                    best = unit, column, certain
         return best
 
     def second_best(self, unit: int, column: int) -> float:

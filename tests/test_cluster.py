@@ -32,6 +32,7 @@ def store(**changes: Any) -> Prototypes:
         mean=mean,
         spread=np.ones(4, np.float32),
         template=np.stack([template(8, 2), template(14, 12), template(4, 0), template(12, 14)]),
+        label=np.zeros(0, np.int64),
     )
     return Prototypes(calibration, [5, 9], NEIGHBORS, 4.0, ClusterConfig(**changes))
 

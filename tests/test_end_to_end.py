@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from checks import Kept
 from numpy.typing import NDArray
 
 from streamsort.config import SorterConfig
-from streamsort.records import Chunk
+from streamsort.records import Chunk, Output
 from streamsort.score import score
 from streamsort.simulate import SimulationConfig, truth, write_recording
 from streamsort.sorter import Sorter
@@ -82,13 +82,19 @@ def sort_live(url: str, folder: Path, traces: NDArray[Any]) -> tuple[int, NDArra
         player.kill()
         player.wait()
     assert source.offset is not None and source.n_missing == 0
-    return source.offset, np.concatenate([output.spikes for output in kept.outputs]), status
+    return source.offset, in_order(kept.outputs), status
 
 
 def sort_file(traces: NDArray[Any], source: Source) -> NDArray[Any]:
     sorter = Sorter(CONFIG, source.info)
     parts = [Chunk(start, traces[start : start + 600]) for start in range(0, len(traces), 600)]
-    return np.concatenate([output.spikes for part in parts for output in sorter.process(part)])
+    return in_order(output for part in parts for output in sorter.process(part))
+
+
+def in_order(outputs: Iterable[Output]) -> NDArray[Any]:
+    """Return all spikes in order of time; those that no unit explains come out a little later than the others."""
+    spikes = np.concatenate([output.spikes for output in outputs])
+    return spikes[np.lexsort((spikes["channel"], spikes["unit_id"], spikes["sample_index"]))]
 
 
 @pytest.mark.parametrize("transport", ["lsl", "zmq"])

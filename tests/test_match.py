@@ -21,7 +21,7 @@ from streamsort.templates import SHIFTS, Templates
 Floats = NDArray[np.float32]
 
 PROBE = Probe.linear(5, 20.0)
-CELLS = [Cell(10.0, 20.0), Cell(9.0, 52.0, 24.0, width=3.2), Cell(7.0, 36.0, 14.0, width=1.7)]
+CELLS = [Cell(12.0, 12.0, 15.0), Cell(11.0, 62.0, 18.0, width=4.0), Cell(10.0, 38.0, 12.0, width=1.4)]
 THRESHOLD = 18.0
 LIMITS = naive_match.Limits(float(kernels._LEAST), float(kernels._MOST), float(kernels._TOO_LARGE))
 
@@ -49,7 +49,7 @@ def recorded(traces: Floats, *events: Event, cells: Sequence[Cell] = CELLS) -> F
     return traces
 
 
-def crowd(n_samples: int, seed: int, rate_hz: float = 60.0) -> list[Event]:
+def crowd(n_samples: int, seed: int, rate_hz: float = 300.0) -> list[Event]:
     """Draw spikes of all units, many of them overlapping, none nearer to another of its unit than the refractory time."""
     rng = np.random.default_rng(seed)
     events = []
@@ -124,8 +124,8 @@ def test_a_gain_is_what_subtraction_takes_off_the_whitened_residual() -> None:
 
 @given(st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))
 def test_between_is_the_height_of_the_parabola(before: float, here: float, after: float) -> None:
-    values = np.float32([before, here, after])
-    expected = naive_match.peak_height(*values.astype(float).tolist())
+    values = [np.float32(value) for value in (before, here, after)]
+    expected = naive_match.peak_height(*(float(value) for value in values))
     assert kernels.between(*values) == pytest.approx(expected, rel=1e-3, abs=1e-3)
 
 
@@ -138,7 +138,7 @@ def test_peeling_equals_its_definition(seed: int) -> None:
         add_spikes(traces, CELLS, PROBE, [Event(int(rng.integers(3)), at, rng.uniform(-0.5, 0.5), rng.uniform(0.6, 1.5))])
     t, threshold = templates(), np.full(3, THRESHOLD, np.float32)
     first, stop = 2 * N_SAMPLES, computed - SPANS.sweep - 1
-    slow = naive_match.Peeler(traces.T, t, threshold, SPANS, LIMITS)
+    slow = naive_match.Peeler(traces.T.astype(float), t, threshold, SPANS, LIMITS)
     slow(first, stop)
     one = window(traces.T, 3)
     kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
@@ -205,7 +205,7 @@ def test_noise_alone_is_rarely_a_spike() -> None:
 
 
 @pytest.mark.parametrize("pair", [(0, 1), (0, 2), (1, 2)])
-@pytest.mark.parametrize("lag", [-15, -9, -4, 0, 3, 7, 14])
+@pytest.mark.parametrize("lag", [-14, -6, -3, 0, 3, 7, 14])
 def test_both_of_two_overlapping_spikes_are_found(pair: tuple[int, int], lag: int) -> None:
     one, other = pair
     traces = recorded(0.5 * noise(700, seed=lag + 20), Event(one, 300, 0.2), Event(other, 300 + lag, -0.3))
@@ -214,7 +214,7 @@ def test_both_of_two_overlapping_spikes_are_found(pair: tuple[int, int], lag: in
     found = dict(zip(matches["row"].tolist(), matches["sample_index"].tolist(), strict=True))
     assert abs(found[one] - 300) <= 1 and abs(found[other] - 300 - lag) <= 1
     assert matches["collision"].tolist() == [0, 1]
-    np.testing.assert_allclose(matches["amplitude"], 1.0, atol=0.2)
+    np.testing.assert_allclose(matches["amplitude"], 1.0, atol=0.3)
 
 
 def test_a_spike_far_from_others_is_no_collision() -> None:
@@ -230,7 +230,8 @@ def test_a_spike_far_from_others_is_no_collision() -> None:
 def test_three_at_once_are_taken_apart() -> None:
     traces = recorded(0.5 * noise(700), Event(0, 300), Event(1, 304), Event(2, 309))
     matches = matcher()(traces)
-    assert sorted(zip(matches["row"].tolist(), matches["sample_index"].tolist(), strict=True)) == [(0, 300), (1, 304), (2, 309)]
+    assert sorted(matches["row"].tolist()) == [0, 1, 2]
+    assert np.abs(np.sort(matches["sample_index"]) - [300, 304, 309]).max() <= 1
 
 
 def test_what_is_left_is_noise() -> None:
@@ -262,9 +263,9 @@ def test_clean_snippets_have_the_spike_itself_and_no_other() -> None:
 
 LENGTH = 9300  # more than the window holds, so that it is moved
 CHANGES = {  # units drift, and one is new
-    3000: [Cell(10.5, 22.0), CELLS[1]],
-    4650: [Cell(11.0, 24.0), Cell(8.5, 54.0, 24.0, width=3.2), CELLS[2]],
-    7000: [Cell(12.0, 25.0), CELLS[1], CELLS[2]],
+    3000: [Cell(12.5, 13.0, 15.0), CELLS[1]],
+    4650: [Cell(13.0, 14.0, 15.0), Cell(10.5, 64.0, 18.0, width=4.0), CELLS[2]],
+    7000: [Cell(13.0, 16.0, 15.0), CELLS[1], CELLS[2]],
 }
 BUSY = recorded(noise(LENGTH, seed=9), *crowd(LENGTH, seed=9))
 
@@ -310,7 +311,7 @@ def through(sizes: Iterable[int]) -> tuple[NDArray[Any], ...]:
 
 def test_the_busy_recording_is_hard_enough() -> None:
     matches = through([LENGTH])[0]
-    assert (matches["collision"] > 0).sum() > 5
+    assert (matches["collision"] > 0).sum() > 12
     assert (np.diff(matches["sample_index"]) < 0).any()  # one was found behind another
     assert set(matches["row"].tolist()) == {0, 1, 2}
 
@@ -321,7 +322,7 @@ def at_once() -> tuple[NDArray[Any], ...]:
 
 
 @given(sizes=st.lists(st.integers(1, 900), min_size=1, max_size=5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_chunking_gives_the_same_bits(at_once: tuple[NDArray[Any], ...], sizes: list[int]) -> None:
     checks.assert_same(through(sizes), at_once)
 
@@ -376,7 +377,7 @@ def test_all_spikes_before_through_sample_have_come_out() -> None:
 def test_after_a_gap_it_is_as_new() -> None:
     used, fresh = matcher(), matcher()
     used(BUSY[:5000])
-    used(recorded(silence(500), Event(0, 495)))  # not decided when the gap comes
+    used(recorded(silence(500), Event(0, 450))[:460])  # not decided when the gap comes
     used.restart(1_000_000)
     fresh.restart(1_000_000)
     again, expected = used(BUSY[:4000]), fresh(BUSY[:4000])
@@ -390,7 +391,7 @@ def test_after_a_gap_it_is_as_new() -> None:
 
 def test_memory_does_not_grow() -> None:
     match, held = matcher(), []
-    for k in range(12):
+    for _ in range(12):
         match(BUSY)
         match.settled()
         held.append(len(pickle.dumps(match)))

@@ -73,7 +73,9 @@ class CountingSorter:
             peaks = np.array([(index, 0, 0, value) for index, value in due], PEAK_DTYPE)
             snippets = np.repeat(peaks["amplitude_uv"], 6).reshape(-1, 3, 2)
             noise_level = np.ones((len(peaks), 2), np.float32)
-            batches.append(PeakBatch(self._through, until, peaks, snippets, noise_level, chunk.t_origin, chunk.t_acquired, gaps))
+            traces, near_gap = np.zeros((until - self._through, 1), np.float32), np.zeros(until - self._through, bool)
+            found = peaks, snippets, noise_level, traces, near_gap, None
+            batches.append(PeakBatch(self._through, until, *found, chunk.t_origin, chunk.t_acquired, gaps))
             self._through, gaps = until, ()
             if until == end:
                 return batches

@@ -108,9 +108,9 @@ def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, last: int
             gain = gain_of(between(before, y, after), t.energy[u], spans.tightness)
             if gain <= threshold[u] or gain <= best_gain:
                 continue
-            gain -= spans.tolerance * misfit(window, t, u, c)
-            if gain > threshold[u] and gain > best_gain and wins(window, t, u, c, gain, spans):
-                best, best_column, best_gain = u, c, gain
+            certain = gain - spans.tolerance * misfit(window, t, u, c)
+            if certain > threshold[u] and certain > best_gain and wins(window, t, u, c, gain, spans):
+                best, best_column, best_gain = u, c, certain
     return best, best_column, best_gain
 
 
@@ -124,7 +124,8 @@ def amplitude_of(score: np.float32, energy: np.float32, tightness: np.float32) -
 def gain_of(score: np.float32, energy: np.float32, tightness: np.float32) -> np.float32:
     """Return by how much the best amplitude lowers the whitened residual energy; one far from 1 costs `tightness` by its square."""
     a = amplitude_of(score, energy, tightness)
-    return _TWO * a * score - a * a * energy - tightness * (a - _ONE) * (a - _ONE)
+    gain: np.float32 = _TWO * a * score - a * a * energy - tightness * (a - _ONE) * (a - _ONE)
+    return gain
 
 
 @kernel
