@@ -140,7 +140,7 @@ class MatchConfig:
     # Look-ahead, together with sweep_ms. The band-pass draws spikes out: with 1.0 units of SNR 3 on a tetrode lose 0.05 of
     # accuracy, with 0.8 they lose 0.18.
     ms_after: float = 1.3
-    n_channels: int = 12  # of a template: those where it is largest
+    n_channels: int = 24  # of a template: those where it is largest
     radius_um: float = 120.0  # and which lie this near its largest
     n_ranks: int = 3
     sweep_ms: float = 0.13  # of two rivals within this, the one that explains more is subtracted first

@@ -23,12 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort import __version__, report
+from streamsort.assign import Explained
 from streamsort.commands.summary import lost_samples, print_rows, spread_words
 from streamsort.commands.terminal import Interrupts, Terminal
 from streamsort.config import SorterConfig
 from streamsort.errors import StreamsortError
 from streamsort.loopback import keep_lsl_private
-from streamsort.records import SPIKE_DTYPE, UNSORTED, Output, PeakBatch, StreamInfo
+from streamsort.records import SPIKE_DTYPE, UNSORTED, Output, StreamInfo
 from streamsort.score import Score, score
 from streamsort.simulate import SimulationConfig, Truth, truth, write_recording
 from streamsort.sinks.zmq import ZmqSink
@@ -38,7 +39,8 @@ from streamsort.stream import Stream
 
 LEAST_S = 10.0
 WARMUP_SHARE = 0.4
-SETTLE_S = 2.0  # after calibration, whose pause is reported by itself, latency is counted from here on
+SETTLE_S = 2.0  # after calibration is caught up with, a pause that is reported by itself, latency is counted
+_BEHIND_MS = 500.0  # spikes that arrive so late were waiting for calibration
 
 _READY_S = 60.0
 _END_S = 10.0
@@ -113,17 +115,22 @@ class ObservedSorter(Sorter):
         super().__init__(config, info)
         self._units, self._channels = np.zeros((2, _MAP_SPIKES), np.int32)
         self._embeddings = np.zeros((_MAP_SPIKES, self.encoder.n_dims), np.float32)
-        self._n_seen = 0
+        self._n_seen = self._n_kept = 0
 
-    def assign(self, batch: PeakBatch, embeddings: NDArray[np.float32]) -> Output:
-        output = super().assign(batch, embeddings)
-        rows = np.flatnonzero(output.spikes["unit_id"] != UNSORTED)
+    def learn(self) -> None:
+        for explained in self._learner.taught[self._n_kept :]:
+            self._keep(explained)
+        self._n_kept = len(self._learner.taught)
+        super().learn()
+        self._n_kept = min(self._n_kept, len(self._learner.taught))
+
+    def _keep(self, explained: Explained) -> None:
+        rows = np.flatnonzero(explained.unit != UNSORTED)[-_MAP_SPIKES:]
         places = (self._n_seen + np.arange(len(rows))) % _MAP_SPIKES
-        self._units[places] = output.spikes["unit_id"][rows]
-        self._channels[places] = output.spikes["channel"][rows]
-        self._embeddings[places] = embeddings[rows]
+        self._units[places] = explained.unit[rows]
+        self._channels[places] = explained.peaks["channel"][rows]
+        self._embeddings[places] = explained.assignment.white[rows]
         self._n_seen += len(rows)
-        return output
 
     @property
     def kept_units(self) -> NDArray[np.int32]:
@@ -303,11 +310,19 @@ def _figures(run: Run, simulation: SimulationConfig) -> dict[str, Any]:
     }
 
 
+def settled_s(run: Run, rate: float, warmup_s: float) -> float:
+    """Return from when on latency counts, in s of the stream: once what had waited for calibration is through."""
+    at = run.received["sample_index"] / rate
+    waited = at[(at >= warmup_s - SETTLE_S) & (run.received["latency_ms"] > _BEHIND_MS)]
+    return float(waited.max(initial=warmup_s)) + SETTLE_S
+
+
 def measured(run: Run, rate: float, warmup_s: float) -> NDArray[np.float64]:
-    """Return the decoder's latencies (ms) that count: of spikes from `SETTLE_S` after calibration on."""
+    """Return the decoder's latencies (ms) that count."""
     if not run.received:
         return np.zeros(0)
-    kept: NDArray[np.float64] = run.received["latency_ms"][run.received["sample_index"] >= (warmup_s + SETTLE_S) * rate]
+    from_sample = settled_s(run, rate, warmup_s) * rate
+    kept: NDArray[np.float64] = run.received["latency_ms"][run.received["sample_index"] >= from_sample]
     return kept
 
 
@@ -316,9 +331,9 @@ def _latency(run: Run, rate: float, warmup_s: float) -> dict[str, Any]:
     if not len(latency_ms):
         return dict.fromkeys(("p50", "p95", "p99", "max"), None) | {"n": 0}
     quantiles = {f"p{q}": float(np.percentile(latency_ms, q)) for q in (50, 95, 99)}
-    at = run.received["sample_index"] / rate
-    pause = run.received["latency_ms"][(at >= warmup_s - SETTLE_S) & (at < warmup_s + SETTLE_S)]
-    counted = {"n": len(latency_ms), "from_s": warmup_s + SETTLE_S, "calibration_pause": float(pause.max(initial=0.0))}
+    at, from_s = run.received["sample_index"] / rate, settled_s(run, rate, warmup_s)
+    pause = run.received["latency_ms"][(at >= warmup_s - SETTLE_S) & (at < from_s)]
+    counted = {"n": len(latency_ms), "from_s": from_s, "calibration_pause": float(pause.max(initial=0.0))}
     return {**quantiles, "max": float(latency_ms.max()), **counted}
 
 

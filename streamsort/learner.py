@@ -53,6 +53,8 @@ class Learner:
         None until calibration.
     registry : Registry
     memory : Memory
+    taught : list of Explained
+        Peaks since the last boundary, with what explains them.
     """
 
     def __init__(self, config: SorterConfig, probe: Probe, sampling_frequency: float, snippets: Snippets, n_dims: int) -> None:
@@ -67,7 +69,7 @@ class Learner:
         self._reservoir = Reservoir(probe.n_channels, n_dims, snippet_shape, config.seed)
         self._near = probe.neighbors(config.match.radius_um)
         self._moving: list[tuple[Floats, NDArray[Any]]] = []
-        self._taught: list[Explained] = []
+        self.taught: list[Explained] = []
         self._published: list[tuple[NDArray[Any], Floats, Floats]] = []
 
     def warmup(self, n_dims: int) -> None:
@@ -144,7 +146,7 @@ class Learner:
             spikes["flags"] |= self.registry.flags(spikes["unit_id"])
             energy = assign.bank.templates.energy[matches["row"]]
             self._published.append((spikes, self._heights(assign, spikes), (energy - matches["gain"]) / np.sqrt(energy + 1)))
-        self._taught += explained
+        self.taught += explained
         return np.concatenate([spikes, *(as_spikes(one.peaks[one.unit < 0]) for one in explained)])
 
     def learn(self, assign: Assign, prototypes: Prototypes, boundary: int) -> None:
@@ -154,7 +156,7 @@ class Learner:
         assign.bank.learn(matches, snippets, self._config.cluster.period_s)
         if self.motion.stepped:
             self._step(assign, boundary)
-        if self._taught:
+        if self.taught:
             self._teach(prototypes)
         if self._published:
             parts, *more = zip(*self._published, strict=True)
@@ -173,7 +175,7 @@ class Learner:
 
     def _teach(self, prototypes: Prototypes) -> None:
         """Let prototypes follow the peaks that spikes explain, and remember those that nothing does."""
-        taught, self._taught = self._taught, []
+        taught, self.taught = self.taught, []
         assignment = Assignment.join([one.assignment for one in taught])
         peaks = join_records([one.peaks for one in taught])
         unit, strange = (np.concatenate([getattr(one, name) for one in taught]) for name in ("unit", "strange"))

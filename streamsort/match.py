@@ -233,7 +233,7 @@ class Match:
             window.scores[:, : self._history] = window.scores[:, kept].copy()
             by = self._stop - self._history
             window.last[:] = np.maximum(window.last - by, _LONG_AGO)
-            window.recent[:, 1] -= by
+            window.recent[:, 1] = np.maximum(window.recent[:, 1] - by, _LONG_AGO)
             self._stop, self._decided, self._computed = self._stop - by, self._decided - by, self._computed - by
             self._origin += by
         window.residual[:, self._stop : self._stop + n] = traces.T
@@ -254,7 +254,7 @@ def sizes(config: MatchConfig, sampling_frequency: float) -> tuple[int, int, Spa
     spans = Spans(
         n_before=n_before,
         sweep=sweep,
-        look_back=2 * sweep,
+        look_back=max(samples(0.5), 2 * sweep),  # a spike hidden by a larger one comes out when that one is found
         refractory=samples(config.refractory_ms),
         overlap=samples(0.5),
         rounds=config.rounds,

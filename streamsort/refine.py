@@ -30,7 +30,7 @@ Ints = NDArray[np.int64]
 _ROUNDS, _ROUNDS_DISCOVERING, _ROUNDS_SPLITTING = 7, 4, 5
 _LEAST_ENERGY = 14.0  # nearer to the noise a unit's spikes are mostly noise
 # A unit with more of its spikes this near a larger neighbour's, beyond chance, is its leftovers; a strong one if nearly all are.
-_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 1.5, 0.35, 0.75, 100.0
+_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 2.5, 0.35, 0.75, 100.0
 _LEAST_EXCESS = 3.5  # of the mean gain over the threshold; noise has 2.3
 _SAME = 16.0, 0.98  # squared distance, or cosine, at which two templates are one unit
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
@@ -206,7 +206,7 @@ class Refine:
                     bank.add(mean, _SEED_SPIKES, _SEED_SPIKES / seed_s)
         self._keep(done, np.zeros(0, MATCH_DTYPE), np.zeros((0, *bank.means.shape[1:]), np.float32))
         done.see_likeness()
-        done.matches = np.concatenate(found) if found else done.matches
+        done.matches = np.concatenate(found)
         return done
 
     def _keep(self, done: _Pass, matches: NDArray[np.void], snippets: Floats) -> None:
@@ -237,7 +237,7 @@ class Refine:
         for one in self._latest:
             at = int(one["sample_index"]) - first
             channels = templates.channels[one["row"]]
-            busy[channels[channels >= 0], max(at - self._n_before, 0) : max(at + self._n_after, 0)] = True
+            busy[channels[channels >= 0], max(at - self._n_before, 0) : max(at + self._echo_samples, 0)] = True
         if seeds is not None:
             seeds.take(residual, first, stop, self._n_before, n_samples, busy)
         elif discovering:
@@ -366,14 +366,14 @@ def find_units(
     Returns
     -------
     bank : Bank
-        Of the units at the end of the warm-up; without peaks, of none.
+        Of the units at the end of the warm-up; without clusters, of none.
     matches : ndarray, shape (n_spikes,), MATCH_DTYPE
         All spikes of the units.
     """
     n_before, n_after, _ = sizes(config.match, sampling_frequency)
     step = max(len(warmup) // _NOISE_STRETCHES, 1)
     blocks = [np.ascontiguousarray(warmup[i][1].T) for i in range(0, len(warmup), step)]
-    if not blocks or not len(peaks):
+    if not blocks or not len(clusters.unit):
         quiet = NoiseModel(np.eye(probe.n_channels), np.eye(n_before + n_after))
         maker = TemplateMaker(config.match, probe, quiet, n_before)
         none = np.zeros((0, n_before + n_after, probe.n_channels), np.float32)

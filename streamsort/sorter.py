@@ -27,6 +27,7 @@ from streamsort.detect import Detect
 from streamsort.encode import Encoder
 from streamsort.errors import StreamsortError
 from streamsort.learner import Learner, as_spikes
+from streamsort.match import sizes
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
 from streamsort.records import Chunk, Gap, Output, PeakBatch, StreamInfo
@@ -34,6 +35,8 @@ from streamsort.refresh import Snapshot, Verdict
 from streamsort.snippets import Snippets
 
 Floats = NDArray[np.float32]
+
+_MOST_SAMPLES = 4096  # to a batch: matching still has the surroundings of all its peaks then
 
 _log = logging.getLogger("streamsort.sorter")
 
@@ -77,6 +80,8 @@ class Sorter:
         self.check(self.encoder)
         self._warn_of_band()
         self._detect = Detect(config.detect, self.probe, rate, self._snippets.n_before, self._snippets.n_after)
+        _, n_after, spans = sizes(config.match, rate)
+        self._match_margin = n_after + spans.sweep
         self._learner = Learner(config, self.probe, rate, self._snippets, self.encoder.n_dims)
         self._offers: deque[tuple[Verdict, Encoder | None]] = deque()
         self._period_samples = max(round(config.cluster.period_s * rate), 1)
@@ -163,7 +168,14 @@ class Sorter:
             spikes = spikes[np.lexsort((spikes["unit_id"], spikes["sample_index"]))]
         spikes["time"] = batch.t_origin + spikes["sample_index"] / self.info.sampling_frequency
         self._published_through = max(through - self._preprocess.delay_samples, 0)
-        return Output(self._published_through, spikes, self.take_events(), list(batch.gaps), t_acquired=batch.t_acquired, model=self.encoder.name)
+        return Output(
+            self._published_through,
+            spikes,
+            self.take_events(),
+            list(batch.gaps),
+            t_acquired=batch.t_acquired,
+            model=self.encoder.name,
+        )
 
     def learn(self) -> None:
         """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""
@@ -263,7 +275,7 @@ class Sorter:
         """Split [start, end) at every sample index at which something may change."""
         stretches = []
         while start < end:
-            steps = self._period_samples, self._preprocess.period_samples
+            steps = self._period_samples, self._preprocess.period_samples, _MOST_SAMPLES
             stop = min(end, *((start // step + 1) * step for step in steps))
             if start < self._warmup_samples < stop:
                 stop = self._warmup_samples

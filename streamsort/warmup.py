@@ -15,6 +15,8 @@ from streamsort.records import PeakBatch
 Floats = NDArray[np.float32]
 Stretch = tuple[int, Floats]
 
+_MOST_SAMPLES = 7500  # of a stretch: what the matcher's window holds at once
+
 
 class Warmup(Sequence[Stretch]):
     """A sequence of stretches: first sample_index and traces (n_samples, n_channels) float32, in noise units, in order."""
@@ -41,7 +43,9 @@ class Warmup(Sequence[Stretch]):
     def close(self) -> None:
         """End a stretch, as at a learning boundary."""
         if self._open:
-            self._stretches.append((self._start, np.concatenate(self._open)))
+            traces = np.concatenate(self._open)
+            for first in range(0, len(traces), _MOST_SAMPLES):
+                self._stretches.append((self._start + first, traces[first : first + _MOST_SAMPLES]))
             self._open = []
         self._start = self._stop
 

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from naive_match import Limits
 from numpy.typing import NDArray
 from scipy.linalg import toeplitz
 
 from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
+from streamsort.kernels import match as kernels
 from streamsort.match import sizes
 from streamsort.probe import Probe
 from streamsort.templates import TemplateMaker
@@ -52,6 +54,17 @@ class Cell:
         """Return its spike on all channels, (N_SAMPLES, n_channels)."""
         footprint = self.height * np.exp(-np.abs(probe.channel_locations[:, 1] - self.y_um) / self.reach_um)
         return np.outer(waveform(delay, self.width), footprint).astype(np.float32)
+
+
+# Three units whose spikes overlap, as alike as neighbours are.
+PROBE = Probe.linear(5, 20.0)
+CELLS = [Cell(12.0, 12.0, 15.0), Cell(11.0, 62.0, 18.0, width=4.0), Cell(10.0, 38.0, 12.0, width=1.4)]
+LIMITS = Limits(float(kernels._LEAST), float(kernels._MOST), float(kernels._TOO_LARGE))
+
+
+def noise(n_samples: int, seed: int = 0) -> Floats:
+    """Draw white noise of variance 1 on `PROBE`, (n_samples, 5)."""
+    return np.random.default_rng(seed).normal(size=(n_samples, PROBE.n_channels)).astype(np.float32)
 
 
 def mean_snippets(cells: Sequence[Cell], probe: Probe) -> Floats:

@@ -1,4 +1,4 @@
-"""Template matching: the kernels against their definitions, and the stage on spikes whose place is known."""
+"""Template matching on spikes whose place is known, in chunks of any size."""
 
 import pickle
 from collections.abc import Iterable, Sequence
@@ -11,19 +11,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scenes import CONFIG, N_AFTER, N_BEFORE, N_SAMPLES, RATE, SPANS, Cell, Event, add_spikes, coloured, maker, mean_snippets
+from scenes import (
+    CELLS,
+    CONFIG,
+    LIMITS,
+    N_AFTER,
+    N_SAMPLES,
+    PROBE,
+    RATE,
+    SPANS,
+    Cell,
+    Event,
+    add_spikes,
+    maker,
+    mean_snippets,
+    noise,
+)
 
 from streamsort.kernels import match as kernels
-from streamsort.match import MATCH_DTYPE, Match, Window
+from streamsort.match import MATCH_DTYPE, Match
 from streamsort.probe import Probe
 from streamsort.templates import SHIFTS, Templates
 
 Floats = NDArray[np.float32]
 
-PROBE = Probe.linear(5, 20.0)
-CELLS = [Cell(12.0, 12.0, 15.0), Cell(11.0, 62.0, 18.0, width=4.0), Cell(10.0, 38.0, 12.0, width=1.4)]
 THRESHOLD = 18.0
-LIMITS = naive_match.Limits(float(kernels._LEAST), float(kernels._MOST), float(kernels._TOO_LARGE))
 
 
 def templates(cells: Sequence[Cell] = CELLS, probe: Probe = PROBE) -> Templates:
@@ -34,10 +46,6 @@ def matcher(cells: Sequence[Cell] = CELLS, probe: Probe = PROBE) -> Match:
     match = Match(CONFIG, probe.n_channels, RATE)
     match.use(templates(cells, probe), np.full(len(cells), THRESHOLD, np.float32))
     return match
-
-
-def noise(n_samples: int, seed: int = 0, n_channels: int = 5) -> Floats:
-    return np.random.default_rng(seed).normal(size=(n_samples, n_channels)).astype(np.float32)
 
 
 def silence(n_samples: int) -> Floats:
@@ -58,96 +66,6 @@ def crowd(n_samples: int, seed: int, rate_hz: float = 300.0) -> list[Event]:
         for at in np.cumsum(gaps)[np.cumsum(gaps) < n_samples - 2 * N_SAMPLES]:
             events.append(Event(unit, int(at) + N_SAMPLES, float(rng.uniform(-0.5, 0.5)), float(rng.normal(1, 0.08))))
     return events
-
-
-# --- kernels -------------------------------------------------------------------------------------------------------------
-
-
-def window(residual: Floats, n_units: int) -> Window:
-    n_columns = residual.shape[1]
-    return Window(
-        residual=np.ascontiguousarray(residual),
-        scores=np.zeros((n_units, n_columns), np.float32),
-        scratch=np.zeros(n_columns, np.float32),
-        last=np.full(n_units, -(1 << 20), np.int32),
-        recent=np.full((16, 3), -1, np.int32),
-        recent_amplitude=np.zeros(16, np.float32),
-        found=np.zeros((n_columns, 4), np.int32),
-        amplitude=np.zeros(n_columns, np.float32),
-        gain=np.zeros(n_columns, np.float32),
-        runner_up=np.zeros(n_columns, np.float32),
-    )
-
-
-@pytest.mark.parametrize("n_columns", [1, 2, 7, 64, 301])
-def test_a_score_is_the_inner_product_of_filter_and_residual(n_columns: int) -> None:
-    t = maker(PROBE, coloured(5)[0])(mean_snippets(CELLS, PROBE))
-    one = window(noise(n_columns + N_SAMPLES).T, 3)
-    one.scores[:] = np.nan
-    kernels.score_units(one, t, N_BEFORE, N_BEFORE + n_columns, N_BEFORE)
-    assert np.isfinite(one.scores).sum() == 3 * n_columns
-    for unit in range(3):
-        weights = naive_match.filter_on_all(t, unit, 5)
-        expected = [naive_match.score_at(one.residual.astype(float), weights, N_BEFORE + c, N_BEFORE) for c in range(n_columns)]
-        np.testing.assert_allclose(one.scores[unit, N_BEFORE : N_BEFORE + n_columns], expected, rtol=1e-4, atol=1e-3)
-
-
-def test_a_score_has_the_same_bits_wherever_the_stretch_begins() -> None:
-    t, residual = templates(), noise(400).T
-    whole, parts = window(residual, 3), window(residual, 3)
-    kernels.score_units(whole, t, N_BEFORE, 300, N_BEFORE)
-    for start, stop in ((N_BEFORE, 19), (19, 26), (26, 121), (121, 300)):
-        kernels.score_units(parts, t, start, stop, N_BEFORE)
-    assert whole.scores.tobytes() == parts.scores.tobytes()
-
-
-@given(score=st.floats(-100, 900), energy=st.floats(10, 900), tightness=st.floats(1, 200))
-def test_gain_and_amplitude_are_those_of_the_best_of_all_amplitudes(score: float, energy: float, tightness: float) -> None:
-    arguments = np.float32(score), np.float32(energy), np.float32(tightness)
-    amplitude, gain = naive_match.best_amplitude(score, energy, tightness, LIMITS)
-    assert kernels.amplitude_of(*arguments) == pytest.approx(amplitude, abs=2e-4)
-    assert kernels.gain_of(*arguments) == pytest.approx(gain, rel=1e-3, abs=0.02)
-
-
-def test_a_gain_is_what_subtraction_takes_off_the_whitened_residual() -> None:
-    """At amplitude 1 nothing is charged, so the gain is the difference of two squared norms."""
-    model, time = coloured(5)
-    t = maker(PROBE, model)(mean_snippets(CELLS[:1], PROBE))
-    channels = t.channels[0]
-    inverse = np.linalg.inv(np.kron(time, model.space[np.ix_(channels, channels)]))
-    x = noise(N_SAMPLES, seed=3)[:, channels].astype(float) + t.centred[0]
-    left = (x - t.centred[0]).reshape(-1)
-    before, after = x.reshape(-1) @ inverse @ x.reshape(-1), left @ inverse @ left
-    score = np.float32((x * t.filters[0]).sum())
-    assert kernels.gain_of(score, t.energy[0], np.float32(1e9)) == pytest.approx(before - after, rel=1e-3)
-
-
-@given(st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))
-def test_between_is_the_height_of_the_parabola(before: float, here: float, after: float) -> None:
-    values = [np.float32(value) for value in (before, here, after)]
-    expected = naive_match.peak_height(*(float(value) for value in values))
-    assert kernels.between(*values) == pytest.approx(expected, rel=1e-3, abs=1e-3)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_peeling_equals_its_definition(seed: int) -> None:
-    n_columns, computed = 420, 420 - N_AFTER + 1
-    rng = np.random.default_rng(seed)
-    traces = noise(n_columns, seed)
-    for at in rng.integers(2 * N_SAMPLES, n_columns - 2 * N_SAMPLES, 7).tolist():
-        add_spikes(traces, CELLS, PROBE, [Event(int(rng.integers(3)), at, rng.uniform(-0.5, 0.5), rng.uniform(0.6, 1.5))])
-    t, threshold = templates(), np.full(3, THRESHOLD, np.float32)
-    first, stop = 2 * N_SAMPLES, computed - SPANS.sweep - 1
-    slow = naive_match.Peeler(traces.T.astype(float), t, threshold, SPANS, LIMITS)
-    slow(first, stop)
-    one = window(traces.T, 3)
-    kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
-    n = kernels.peel(one, t, threshold, first, stop, computed, SPANS)
-    assert n >= 3
-    assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
-    measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)
-    np.testing.assert_allclose(measured, slow.measured, rtol=2e-3, atol=0.05)
-    np.testing.assert_allclose(one.residual, slow.residual, atol=2e-3)
 
 
 # --- one spike -----------------------------------------------------------------------------------------------------------
@@ -195,6 +113,16 @@ def test_a_unit_does_not_fire_twice_within_its_refractory_time() -> None:
     for lag, n_found in ((SPANS.refractory - 5, 1), (SPANS.refractory + 2, 2)):
         found = matcher(CELLS[:1])(recorded(silence(600), Event(0, 300, amplitude=1.1), Event(0, 300 + lag, amplitude=0.9)))
         assert len(found) == n_found, lag
+
+
+def test_the_refractory_time_holds_wherever_the_window_is_moved() -> None:
+    """A train that is too fast for one unit, over seven windows: never are two of its spikes taken too near to each other."""
+    traces = noise(60_000, seed=6)
+    add_spikes(traces, CELLS, PROBE, [Event(0, at) for at in range(100, 59_900, 25)])
+    match = matcher(CELLS[:1])
+    found = np.concatenate([match(traces[a:b])["sample_index"] for a, b in checks.pieces(0, 60_000, [100], 60_000)])
+    assert len(found) > 1000
+    assert np.diff(np.sort(found)).min() >= SPANS.refractory
 
 
 def test_noise_alone_is_rarely_a_spike() -> None:
@@ -348,6 +276,17 @@ def test_templates_may_change_though_nothing_was_heard_yet() -> None:
     match = matcher()
     match.use(templates(), np.full(3, THRESHOLD, np.float32))
     assert len(match(recorded(silence(600), Event(1, 300)))) == 1
+
+
+def test_a_new_unit_is_looked_for_as_far_back_as_one_looks() -> None:
+    """Its spike lies before the change of templates, and shows when the larger one after the change is subtracted."""
+    traces = recorded(silence(600), Event(0, 302), Event(2, 298))
+    late, known = matcher(CELLS[:1]), matcher([CELLS[0], CELLS[2]])
+    expected = known(traces)
+    assert sorted(expected["row"].tolist()) == [0, 1]
+    assert not len(late(traces[: 301 + late.margin]))  # decided up to 300
+    late.use(templates([CELLS[0], CELLS[2]]), np.full(2, THRESHOLD, np.float32))
+    assert late(traces[301 + late.margin :]).tobytes() == expected.tobytes()
 
 
 def test_a_higher_threshold_holds_from_the_next_sample() -> None:

@@ -211,8 +211,9 @@ def prepared(recording: Recording) -> tuple[Warmup, NDArray[Any], NDArray[Any], 
     info = StreamInfo("simulated", RATE, n_channels, recording.traces.dtype, gain, recording.probe, False)
     sorter, warmup, batches = Sorter(CONFIG, info), Warmup(), []
     for start in range(0, len(recording.traces), PERIOD):
-        batches += sorter.detect(Chunk(start, recording.traces[start : start + PERIOD]))
-        warmup.add(batches[-1])
+        for batch in sorter.detect(Chunk(start, recording.traces[start : start + PERIOD])):
+            warmup.add(batch)
+            batches.append(batch)
         warmup.close()
     peaks, snippets = np.concatenate([batch.peaks for batch in batches]), np.concatenate([batch.snippets for batch in batches])
     return warmup, peaks, snippets, np.concatenate([batch.noise_level for batch in batches])

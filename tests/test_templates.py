@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scenes import CONFIG, N_BEFORE, N_SAMPLES, Cell, coloured, maker, mean_snippets, waveform, white
+from scenes import N_BEFORE, N_SAMPLES, Cell, coloured, maker, mean_snippets, waveform, white
 
 from streamsort.config import MatchConfig
 from streamsort.probe import Probe
@@ -98,12 +98,13 @@ def test_channels_are_the_largest_nearby_largest_first() -> None:
     probe = Probe.linear(24, 20.0)
     mean = Cell(10.0, 200.0, 60.0).at(probe)
     mean[:, 23] = mean[:, 9]  # large, but far away
-    made = maker(probe)(mean[None])
-    assert made.channels[0, 0] == 10 and len(made.channels[0]) == CONFIG.n_channels
+    config = MatchConfig(n_channels=6, radius_um=120.0)
+    made = TemplateMaker(config, probe, white(24), N_BEFORE)(mean[None])
+    assert made.channels[0, 0] == 10 and made.channels.shape == (1, 6)
     assert 23 not in made.channels[0]
     size = np.ptp(mean[:, made.channels[0]], axis=0)
     assert (np.diff(size) <= 0).all()
-    assert (np.abs(made.channels[0] - 10) * 20.0 <= CONFIG.radius_um).all()
+    assert (np.abs(made.channels[0] - 10) * 20.0 <= 120.0).all()
 
 
 def test_place_is_the_inverse_of_channels() -> None:

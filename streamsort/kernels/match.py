@@ -16,7 +16,8 @@ Tuple = Any  # a named tuple of arrays; numba reads its fields
 _ZERO, _HALF, _ONE, _TWO = np.float32(0), np.float32(0.5), np.float32(1), np.float32(2)
 _LEAST, _MOST = np.float32(0.5), np.float32(1.6)  # amplitude of a spike over its template's: bursts fall to a half
 
-_TOO_LARGE = np.float32(2)  # what fits a template but is twice its size is another unit's, known or not
+# What fits a template but is twice its size, or not much over half of it, is another unit's, known or not.
+_TOO_SMALL, _TOO_LARGE = np.float32(0.55), np.float32(2)
 
 
 @kernel
@@ -100,7 +101,7 @@ def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, last: int
     for u in range(len(t.energy)):
         for c in range(first, last + 1):
             y = window.scores[u, c]
-            if y <= _ZERO or y > _TOO_LARGE * t.energy[u] or abs(c - window.last[u]) < spans.refractory:
+            if y <= _TOO_SMALL * t.energy[u] or y > _TOO_LARGE * t.energy[u] or abs(c - window.last[u]) < spans.refractory:
                 continue
             before, after = window.scores[u, c - 1], window.scores[u, c + 1]
             if before > y or after > y:
@@ -145,7 +146,12 @@ def wins(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, spans: 
             break
         for c in range(column - spans.sweep, column + spans.sweep + 1):
             y = window.scores[v, c]
-            if y <= _ZERO or y > _TOO_LARGE * t.energy[v] or abs(c - window.last[v]) < spans.refractory or (v == u and c == column):
+            if (
+                y <= _TOO_SMALL * t.energy[v]
+                or y > _TOO_LARGE * t.energy[v]
+                or abs(c - window.last[v]) < spans.refractory
+                or (v == u and c == column)
+            ):
                 continue
             if gain_of(y, t.energy[v], spans.tightness) > gain:
                 return False
@@ -163,7 +169,7 @@ def runner_up(window: Tuple, t: Tuple, u: int, column: int, spans: Tuple) -> np.
             continue
         for c in range(column - spans.sweep // 2, column + spans.sweep // 2 + 1):
             y = window.scores[v, c]
-            if y > _ZERO and y <= _TOO_LARGE * t.energy[v]:
+            if y > _TOO_SMALL * t.energy[v] and y <= _TOO_LARGE * t.energy[v]:
                 best = max(best, gain_of(y, t.energy[v], spans.tightness))
     return best
 

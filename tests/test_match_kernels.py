@@ -1,0 +1,121 @@
+"""The kernels of template matching against their definitions."""
+
+import naive_match
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from scenes import (
+    CELLS,
+    LIMITS,
+    N_AFTER,
+    N_BEFORE,
+    N_SAMPLES,
+    PROBE,
+    SPANS,
+    Event,
+    add_spikes,
+    coloured,
+    maker,
+    mean_snippets,
+    noise,
+)
+
+from streamsort.kernels import match as kernels
+from streamsort.match import Window
+from streamsort.templates import Templates
+
+Floats = NDArray[np.float32]
+THRESHOLD = 18.0
+
+
+def templates() -> Templates:
+    return maker(PROBE)(mean_snippets(CELLS, PROBE))
+
+
+def window(residual: Floats, n_units: int) -> Window:
+    n_columns = residual.shape[1]
+    return Window(
+        residual=np.ascontiguousarray(residual),
+        scores=np.zeros((n_units, n_columns), np.float32),
+        scratch=np.zeros(n_columns, np.float32),
+        last=np.full(n_units, -(1 << 20), np.int32),
+        recent=np.full((16, 3), -1, np.int32),
+        recent_amplitude=np.zeros(16, np.float32),
+        found=np.zeros((n_columns, 4), np.int32),
+        amplitude=np.zeros(n_columns, np.float32),
+        gain=np.zeros(n_columns, np.float32),
+        runner_up=np.zeros(n_columns, np.float32),
+    )
+
+
+@pytest.mark.parametrize("n_columns", [1, 2, 7, 64, 301])
+def test_a_score_is_the_inner_product_of_filter_and_residual(n_columns: int) -> None:
+    t = maker(PROBE, coloured(5)[0])(mean_snippets(CELLS, PROBE))
+    one = window(noise(n_columns + N_SAMPLES).T, 3)
+    one.scores[:] = np.nan
+    kernels.score_units(one, t, N_BEFORE, N_BEFORE + n_columns, N_BEFORE)
+    assert np.isfinite(one.scores).sum() == 3 * n_columns
+    for unit in range(3):
+        weights = naive_match.filter_on_all(t, unit, 5)
+        expected = [naive_match.score_at(one.residual.astype(float), weights, N_BEFORE + c, N_BEFORE) for c in range(n_columns)]
+        np.testing.assert_allclose(one.scores[unit, N_BEFORE : N_BEFORE + n_columns], expected, rtol=1e-4, atol=1e-3)
+
+
+def test_a_score_has_the_same_bits_wherever_the_stretch_begins() -> None:
+    t, residual = templates(), noise(400).T
+    whole, parts = window(residual, 3), window(residual, 3)
+    kernels.score_units(whole, t, N_BEFORE, 300, N_BEFORE)
+    for start, stop in ((N_BEFORE, 19), (19, 26), (26, 121), (121, 300)):
+        kernels.score_units(parts, t, start, stop, N_BEFORE)
+    assert whole.scores.tobytes() == parts.scores.tobytes()
+
+
+@given(score=st.floats(-100, 900), energy=st.floats(10, 900), tightness=st.floats(1, 200))
+def test_gain_and_amplitude_are_those_of_the_best_of_all_amplitudes(score: float, energy: float, tightness: float) -> None:
+    arguments = np.float32(score), np.float32(energy), np.float32(tightness)
+    amplitude, gain = naive_match.best_amplitude(score, energy, tightness, LIMITS)
+    assert kernels.amplitude_of(*arguments) == pytest.approx(amplitude, abs=2e-4)
+    assert kernels.gain_of(*arguments) == pytest.approx(gain, rel=1e-3, abs=0.02)
+
+
+def test_a_gain_is_what_subtraction_takes_off_the_whitened_residual() -> None:
+    """At amplitude 1 nothing is charged, so the gain is the difference of two squared norms."""
+    model, time = coloured(5)
+    t = maker(PROBE, model)(mean_snippets(CELLS[:1], PROBE))
+    channels = t.channels[0]
+    inverse = np.linalg.inv(np.kron(time, model.space[np.ix_(channels, channels)]))
+    x = noise(N_SAMPLES, seed=3)[:, channels].astype(float) + t.centred[0]
+    left = (x - t.centred[0]).reshape(-1)
+    before, after = x.reshape(-1) @ inverse @ x.reshape(-1), left @ inverse @ left
+    score = np.float32((x * t.filters[0]).sum())
+    assert kernels.gain_of(score, t.energy[0], np.float32(1e9)) == pytest.approx(before - after, rel=1e-3)
+
+
+@given(st.floats(-50, 50), st.floats(-50, 50), st.floats(-50, 50))
+def test_between_is_the_height_of_the_parabola(before: float, here: float, after: float) -> None:
+    values = [np.float32(value) for value in (before, here, after)]
+    expected = naive_match.peak_height(*(float(value) for value in values))
+    assert kernels.between(*values) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_peeling_equals_its_definition(seed: int) -> None:
+    n_columns, computed = 420, 420 - N_AFTER + 1
+    rng = np.random.default_rng(seed)
+    traces = noise(n_columns, seed)
+    for at in rng.integers(2 * N_SAMPLES, n_columns - 2 * N_SAMPLES, 7).tolist():
+        add_spikes(traces, CELLS, PROBE, [Event(int(rng.integers(3)), at, rng.uniform(-0.5, 0.5), rng.uniform(0.6, 1.5))])
+    t, threshold = templates(), np.full(3, THRESHOLD, np.float32)
+    first, stop = 2 * N_SAMPLES, computed - SPANS.sweep - 1
+    slow = naive_match.Peeler(traces.T.astype(float), t, threshold, SPANS, LIMITS)
+    slow(first, stop)
+    one = window(traces.T, 3)
+    kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
+    n = kernels.peel(one, t, threshold, first, stop, computed, SPANS)
+    assert n >= 3
+    assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
+    measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)
+    np.testing.assert_allclose(measured, slow.measured, rtol=2e-3, atol=0.05)
+    np.testing.assert_allclose(one.residual, slow.residual, atol=2e-3)
