@@ -18,6 +18,9 @@ Stretch = tuple[int, Floats]
 _MOST_SAMPLES = 7500  # of a stretch: what the matcher's window holds at once
 
 
+_LARGEST = 60_000.0  # what half precision holds; only artifacts are larger
+
+
 class Warmup(Sequence[Stretch]):
     """A sequence of stretches: first sample_index and traces (n_samples, n_channels) float32, in noise units, in order."""
 
@@ -37,7 +40,7 @@ class Warmup(Sequence[Stretch]):
             self.close()
             self._start = batch.start_sample
         level = np.where(self.channel_noise > 0, self.channel_noise, np.float32(np.inf))
-        self._open.append((batch.traces / level).astype(np.float16))
+        self._open.append(np.clip(batch.traces / level, -_LARGEST, _LARGEST).astype(np.float16))
         self._stop = batch.start_sample + len(batch.traces)
 
     def close(self) -> None:

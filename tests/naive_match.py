@@ -12,10 +12,11 @@ Reals = NDArray[np.float64]
 
 
 class Limits(NamedTuple):
-    """Amplitudes a spike may have, and the one from which it is another unit's."""
+    """Amplitudes a spike may have, and those beyond which it is another unit's."""
 
     least: float
     most: float
+    too_small: float
     too_large: float
 
 
@@ -69,7 +70,8 @@ class Peeler:
         return best_amplitude(score, float(self.t.energy[unit]), float(self.spans.tightness), self.limits)[1]
 
     def possible(self, unit: int, column: int) -> bool:
-        usual = 0 < self.score(unit, column) <= self.limits.too_large * float(self.t.energy[unit])
+        energy = float(self.t.energy[unit])
+        usual = self.limits.too_small * energy < self.score(unit, column) <= self.limits.too_large * energy
         return usual and abs(column - self.last[unit]) >= int(self.spans.refractory)
 
     def rivals(self, unit: int) -> list[int]:
@@ -113,7 +115,8 @@ class Peeler:
         for other in self.rivals(unit):
             for c in range(column - half, column + half + 1):
                 score = self.score(other, c)
-                if other != unit and 0 < score <= self.limits.too_large * self.t.energy[other]:
+                energy = float(self.t.energy[other])
+                if other != unit and self.limits.too_small * energy < score <= self.limits.too_large * energy:
                     best = max(best, self.gain(other, score))
         return best
 

@@ -114,7 +114,7 @@ def test_peeling_equals_its_definition(seed: int) -> None:
     one = window(traces.T, 3)
     kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
     n = kernels.peel(one, t, threshold, first, stop, computed, SPANS)
-    assert n >= 3
+    assert n >= 2
     assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
     measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)
     np.testing.assert_allclose(measured, slow.measured, rtol=2e-3, atol=0.05)

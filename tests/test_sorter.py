@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import cycle, pairwise
 from typing import Any
 
@@ -60,6 +61,10 @@ def spikes_of(outputs: Iterable[Output]) -> NDArray[Any]:
     return spikes[np.lexsort((spikes["channel"], spikes["unit_id"], spikes["sample_index"]))]
 
 
+def run(sorter: Sorter, traces: NDArray[Any], size: int) -> list[Output]:
+    return [output for chunk in chunks(traces, [size]) for output in sorter.process(chunk)]
+
+
 def ledger_of(outputs: Iterable[Output]) -> list[dict[str, Any]]:
     return [event for output in outputs for event in output.ledger]
 
@@ -75,10 +80,11 @@ def test_units_are_found_and_right(recording: Recording, whole: list[Output]) ->
     assert len(found.units) == 4
 
 
+ONES = [1] * 1500 + [5000]  # single samples at ever other places of a learning period
 RANDOM = np.random.default_rng(7).integers(1, 900, 200).tolist()
 
 
-@pytest.mark.parametrize("sizes", [[1], [7], [30], [300], [100_000], RANDOM], ids=["1", "7", "30", "300", "all", "random"])
+@pytest.mark.parametrize("sizes", [ONES, [7], [30], [300], [100_000], RANDOM], ids=["1", "7", "30", "300", "all", "random"])
 def test_chunk_size_makes_no_difference(recording: Recording, whole: list[Output], sizes: list[int]) -> None:
     _, outputs = sort(recording, sizes)
     assert spikes_of(outputs).tobytes() == spikes_of(whole).tobytes()
@@ -134,10 +140,13 @@ def test_nothing_is_named_before_calibration(whole: list[Output]) -> None:
 def test_assignment_alone_learns_nothing(recording: Recording) -> None:
     sorter, _ = sort(recording, [3000])
     detecting = Sorter(CONFIG, sorter.info)
-    batch = next(b for chunk in chunks(recording.traces, [30000]) for b in detecting.detect(chunk) if len(b.peaks))
+    batches = [b for chunk in chunks(recording.traces, [30000]) for b in detecting.detect(chunk) if len(b.peaks)]
+    batch = batches[-1]  # each time it comes after a gap
     embeddings = sorter.encode([batch])[0]
     first, second = sorter.assign(batch, embeddings), sorter.assign(batch, embeddings)
-    assert first.spikes.tobytes() == second.spikes.tobytes()
+    named = first.spikes["unit_id"] > 0
+    assert named.sum() > 5
+    assert first.spikes[named].tobytes() == second.spikes[second.spikes["unit_id"] > 0].tobytes()
 
 
 def test_warmup_leaves_no_trace(recording: Recording, whole: list[Output]) -> None:
@@ -254,6 +263,34 @@ def test_few_channels_work(n_channels: int, recording: Recording) -> None:
     spikes = spikes_of(output for chunk in chunks(part, [3000]) for output in sorter.process(chunk))
     assert spikes.dtype == SPIKE_DTYPE
     assert (spikes["unit_id"] > 0).any()
+
+
+@pytest.mark.parametrize("rate", [20_000.0, 24_414.0625, 32_000.0, 50_000.0])
+def test_chunk_size_makes_no_difference_at_other_rates(rate: float, recording: Recording) -> None:
+    """At 50 kHz a learning period is longer than the matcher's window."""
+    info = replace(stream_info(recording), sampling_frequency=rate)
+    small, large = (spikes_of(run(Sorter(CONFIG, info), recording.traces, size)) for size in (100, 100_000))
+    assert small.tobytes() == large.tobytes() and (small["unit_id"] > 0).sum() > 50
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0])
+def test_dead_channels_are_survived(value: float, recording: Recording) -> None:
+    traces = recording.traces.astype(np.float32) * np.float32(GAIN_UV)
+    traces[:, 2] = value
+    info = StreamInfo("dead", 30000.0, 4, traces.dtype, np.ones(4, np.float32), recording.probe, False)
+    spikes = spikes_of(run(Sorter(CONFIG, info), traces, 3000))
+    assert np.isfinite(spikes["amplitude_uv"]).all() and (spikes["unit_id"] > 0).sum() > 50
+    assert (spikes["channel"] != 2).all()
+
+
+@pytest.mark.parametrize("at", [60_000, 150_000], ids=["warmup", "live"])
+def test_a_huge_artifact_is_survived(at: int, recording: Recording) -> None:
+    traces = recording.traces.astype(np.float32) * np.float32(GAIN_UV)
+    traces[at : at + 10] = 1e8
+    info = StreamInfo("float", 30000.0, 4, traces.dtype, np.ones(4, np.float32), recording.probe, False)
+    spikes = spikes_of(run(Sorter(CONFIG, info), traces, 3000))
+    assert np.isfinite(spikes["amplitude_uv"]).all() and np.isfinite(spikes["confidence"]).all()
+    assert (spikes["unit_id"][spikes["sample_index"] > at + 15_000] > 0).sum() > 50
 
 
 def test_silence_makes_no_units() -> None:
