@@ -41,7 +41,7 @@ from streamsort.loopback import keep_lsl_private
 from streamsort.player import replay
 from streamsort.simulate import SimulationConfig
 
-SETTLE_S = 15.0  # to calibrate and to catch up
+SETTLE_S = 2.0
 COLUMNS = {
     "channels": "channels",
     "chunk_ms": "chunk ms",

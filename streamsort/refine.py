@@ -38,6 +38,7 @@ _HANDOVER_LIKENESS, _HANDOVER_SHARED, _BIN_S = 0.85, 0.5, 2.0
 _SPLIT_RATIO, _SPLIT_DISTANCE, _SPLIT_COSINE = 0.4, 4.0, 0.97
 _NOISE_STRETCHES, _QUIET_MS = 40, 1.0
 _MOST_SNIPPETS = 400
+_GROUP_SPIKES = 12  # so many unexplained candidates make a first template; the unit itself must have more
 _SEED_S, _SEED_SPIKES = 5.0, 8  # a unit enters with the mean of so many spikes within so long
 _EARLY_SPIKES, _EARLY_ENERGY = 30, 4000.0  # the next pass starts with the mean of a unit's first spikes: it may move
 
@@ -153,7 +154,7 @@ class Refine:
             done = self._pass(means, rates, n_spikes, discovering=k < _ROUNDS_DISCOVERING, seeds=seeds if k == 0 else None)
             kept, counts = self._judge(done)
             parts = {row: self._parts(done, row) for row in kept} if k < _ROUNDS_SPLITTING else {}
-            groups = self._discover.groups(self._config.cluster.min_spikes, self._config.cluster, self._config.seed)
+            groups = self._discover.groups(_GROUP_SPIKES, self._config.cluster, self._config.seed)
             if not groups and len(kept) == len(counts) and all(len(part) < 2 for part in parts.values()) and k > 0:
                 break
             if k < _ROUNDS - 1:

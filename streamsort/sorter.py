@@ -275,7 +275,7 @@ class Sorter:
         """Split [start, end) at every sample index at which something may change."""
         stretches = []
         while start < end:
-            steps = self._period_samples, self._preprocess.period_samples, 10**9
+            steps = self._period_samples, self._preprocess.period_samples, _MOST_SAMPLES
             stop = min(end, *((start // step + 1) * step for step in steps))
             if start < self._warmup_samples < stop:
                 stop = self._warmup_samples

@@ -18,6 +18,8 @@ from streamsort.probe import Probe
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int32]
 
+# A large unit is subtracted wherever it shows, or what is left makes units of its own; a weak one's far channels are all noise.
+_ALWAYS, _VISIBLE = 12, 2.0  # channels, noise units peak to peak
 N_SHIFTS = 17
 # In samples. More than half a sample to either side: a cut-off template's score is not quite largest where the template lies.
 SHIFTS = np.linspace(-1.0, 1.0, N_SHIFTS)
@@ -149,8 +151,9 @@ class TemplateMaker:
         size = np.ptp(mean, axis=0)
         near = self._near[int(size.argmax())]
         near = near[near >= 0]
-        order = np.argsort(-size[near], kind="stable")
-        chosen: Ints = near[order][: self._config.n_channels].astype(np.int32)
+        near = near[np.argsort(-size[near], kind="stable")]
+        visible = (np.arange(len(near)) < _ALWAYS) | (size[near] > _VISIBLE)
+        chosen: Ints = near[visible][: self._config.n_channels].astype(np.int32)
         return chosen
 
 
