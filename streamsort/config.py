@@ -165,9 +165,9 @@ class RefreshConfig:
     agreement: float = 0.98  # of the recent spikes that either encoder sorts, so many must get the same unit from both
     unit_agreement: float = 0.9  # and so many of each unit's, counted likewise: no unit pays for the others
     # Units must stand at least so many times as far apart as before, in spreads. Well isolated ones keep their names even under
-    # random weights (agreement 0.97 to 0.98 in simulations) but then stand 0.66 to 0.85 times as far apart; with weights moved by
+    # random weights (agreement 0.97 to 0.98 in simulations) but then stand 0.66 to 0.90 times as far apart; with weights moved by
     # 30 %, 0.95.
-    separation: float = 0.9
+    separation: float = 0.92
     snippets: int = 64  # remembered per prototype, 2 kB each: a mean of so many is off by an eighth of the spread
     replay_s: float = 20.0  # the encoders are compared on this much of the stream: a unit of 1 Hz counts
     replay_spikes: int = 4000  # but on no more peaks, 8 MB: on a big probe the light encoder takes a second for them

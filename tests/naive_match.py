@@ -18,6 +18,7 @@ class Limits(NamedTuple):
     most: float
     too_small: float
     too_large: float
+    ringing: float
 
 
 def filter_on_all(t: Any, unit: int, n_channels: int) -> Reals:
@@ -82,8 +83,10 @@ class Peeler:
     def leftovers(self, unit: int, column: int) -> float:
         """Sum what each spike subtracted nearby had added to this score."""
         total = 0.0
-        for _, other_column, wave, amplitude in self.subtracted:
+        for other, other_column, wave, amplitude in self.subtracted:
             lag = column - other_column
+            if -self.n_samples < lag < 2 * self.n_samples and np.any(wave[:, self.t.channels[unit, 0]]):
+                total += self.limits.ringing * float(self.t.energy[other]) * amplitude**2
             if abs(lag) < self.n_samples:
                 shifted = np.zeros_like(wave)
                 for j in range(self.n_samples):

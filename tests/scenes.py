@@ -59,7 +59,7 @@ class Cell:
 # Three units whose spikes overlap, as alike as neighbours are.
 PROBE = Probe.linear(5, 20.0)
 CELLS = [Cell(12.0, 12.0, 15.0), Cell(11.0, 62.0, 18.0, width=4.0), Cell(10.0, 38.0, 12.0, width=1.4)]
-LIMITS = Limits(*map(float, (kernels._LEAST, kernels._MOST, kernels._TOO_SMALL, kernels._TOO_LARGE)))
+LIMITS = Limits(*map(float, (kernels._LEAST, kernels._MOST, kernels._TOO_SMALL, kernels._TOO_LARGE, kernels._RINGING)))
 
 
 def noise(n_samples: int, seed: int = 0) -> Floats:

@@ -19,6 +19,9 @@ _LEAST, _MOST = np.float32(0.5), np.float32(1.6)  # amplitude of a spike over it
 # What fits a template but is twice its size, or not much over half of it, is another unit's, known or not.
 _TOO_SMALL, _TOO_LARGE = np.float32(0.55), np.float32(2)
 
+# Of a spike's energy, what no template holds: the band-pass rings on for a template's length after it.
+_RINGING, _RINGS = np.float32(0.075), 2
+
 
 @kernel
 def score_units(window: Tuple, t: Tuple, start: int, stop: int, n_before: int) -> None:
@@ -181,7 +184,11 @@ def misfit(window: Tuple, t: Tuple, u: int, column: int) -> np.float32:
     n_samples = t.filters.shape[1]
     for i in range(len(window.recent)):
         other, lag = window.recent[i, 0], column - window.recent[i, 1]
-        if other < 0 or abs(lag) >= n_samples:
+        if other < 0 or lag <= -n_samples or lag >= _RINGS * n_samples:
+            continue
+        if t.place[other, t.channels[u, 0]] >= 0:
+            total += _RINGING * t.energy[other] * window.recent_amplitude[i] * window.recent_amplitude[i]
+        if abs(lag) >= n_samples:
             continue
         product = _ZERO
         for k in range(t.channels.shape[1]):
