@@ -311,10 +311,11 @@ def _figures(run: Run, simulation: SimulationConfig) -> dict[str, Any]:
 
 
 def settled_s(run: Run, rate: float, warmup_s: float) -> float:
-    """Return from when on latency counts, in s of the stream: once what had waited for calibration is through."""
+    """Return from when on latency counts, in s of the stream: once what had waited for calibration is through, if ever."""
     at = run.received["sample_index"] / rate
     waited = at[(at >= warmup_s - SETTLE_S) & (run.received["latency_ms"] > _BEHIND_MS)]
-    return float(waited.max(initial=warmup_s)) + SETTLE_S
+    settled = float(waited.max(initial=warmup_s)) + SETTLE_S
+    return settled if settled < at.max(initial=0.0) else warmup_s + SETTLE_S
 
 
 def measured(run: Run, rate: float, warmup_s: float) -> NDArray[np.float64]:
