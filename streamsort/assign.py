@@ -16,18 +16,17 @@ from streamsort.bank import Bank
 from streamsort.cluster import Assignment, Space
 from streamsort.config import SorterConfig
 from streamsort.match import MATCH_DTYPE, Match
+from streamsort.noise import divisor
 from streamsort.probe import Probe
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Flag, PeakBatch, join_records
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-SAME_SPIKE_MS = 0.3  # a peak so near a spike, on one of its channels, is that spike
+_SAME_SPIKE_MS = 0.3  # a peak so near a spike, on one of its channels, is that spike
 _STILL_THERE = 0.9  # of the detection threshold: what remains of a peak after subtraction, or it counts as explained
 _LEFTOVER = 0.35  # of the height of the spike that explains it: no template is quite right
-_CERTAINTY = (
-    0.5  # of a gain, the log-likelihood; less would call confident spikes doubtful (measured: see the README's calibration)
-)
+_CERTAINTY = 0.5  # a gain is twice a log-likelihood ratio
 
 
 class Explained(NamedTuple):
@@ -80,8 +79,8 @@ class Assign:
     ) -> None:
         self._nearby = probe.distances_um() <= config.match.radius_um
         self._threshold = config.detect.detect_threshold * _STILL_THERE
-        self.channel_noise = self._noise = np.where(channel_noise > 0, channel_noise, np.float32(np.inf)).astype(np.float32)
-        self._same = round(SAME_SPIKE_MS * sampling_frequency / 1000)
+        self.channel_noise = divisor(channel_noise)
+        self._same = round(_SAME_SPIKE_MS * sampling_frequency / 1000)
         self.bank, self.unit_ids, self._published_through = bank, unit_ids, published_through
         self.match = Match(config.match, probe.n_channels, sampling_frequency)
         # A spike not found yet may still be subtracted up to n_before earlier; only then is it certain what remains of a peak.
@@ -120,7 +119,7 @@ class Assign:
             self.restart(batch.start_sample)
         recent = self._near_gap >= self.match.through_sample - self.match.n_before
         self._near_gap = np.concatenate([self._near_gap[recent], batch.start_sample + np.flatnonzero(batch.near_gap)])
-        matches = self.match(batch.traces / self._noise)
+        matches = self.match(batch.traces / self.channel_noise)
         if len(matches):
             self._recent = join_records([self._recent, matches])
         if assignment is not None:
@@ -145,8 +144,12 @@ class Assign:
         unit, strange = self._explain(peaks[:n])
         return [Explained(peaks[:n], assignment.take(slice(0, n)), snippets[:n], noise_level[:n], unit, strange)]
 
+    def explain(self, peaks: NDArray[Any], matches: NDArray[np.void]) -> Ints:
+        """Return which of the matches each peak is, -1 for none."""
+        return explain(peaks, matches, self.bank.templates.channels[:, 0], self._nearby, self._same)
+
     def _explain(self, peaks: NDArray[Any]) -> tuple[Ints, NDArray[np.bool_]]:
-        match = explain(peaks, self._recent, self.bank.templates.channels[:, 0], self._nearby, self._same)
+        match = self.explain(peaks, self._recent)
         unit = np.full(len(peaks), UNSORTED, np.int64)
         strange = np.zeros(len(peaks), bool)
         heights = np.abs(self._heights(self._recent))
@@ -178,7 +181,7 @@ class Assign:
         spikes["sample_index"] = matches["sample_index"]
         spikes["unit_id"] = np.array(self.unit_ids, np.int64)[rows]
         spikes["channel"] = t.channels[rows, 0]
-        spikes["amplitude_uv"] = self._heights(matches) * self._noise[spikes["channel"]]
+        spikes["amplitude_uv"] = self._heights(matches) * self.channel_noise[spikes["channel"]]
         spikes["flags"] = np.where(matches["collision"] > 0, int(Flag.COLLISION), 0)
         first, last = (
             np.searchsorted(self._near_gap, spikes["sample_index"] + k) for k in (-self.match.n_before, self.match.n_after)

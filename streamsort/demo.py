@@ -29,7 +29,7 @@ from streamsort.commands.terminal import Interrupts, Terminal
 from streamsort.config import SorterConfig
 from streamsort.errors import StreamsortError
 from streamsort.loopback import keep_lsl_private
-from streamsort.records import SPIKE_DTYPE, UNSORTED, Output, StreamInfo
+from streamsort.records import SPIKE_DTYPE, UNSORTED, Output, PeakBatch, StreamInfo
 from streamsort.score import Score, score
 from streamsort.simulate import SimulationConfig, Truth, truth, write_recording
 from streamsort.sinks.zmq import ZmqSink
@@ -115,14 +115,14 @@ class ObservedSorter(Sorter):
         super().__init__(config, info)
         self._units, self._channels = np.zeros((2, _MAP_SPIKES), np.int32)
         self._embeddings = np.zeros((_MAP_SPIKES, self.encoder.n_dims), np.float32)
-        self._n_seen = self._n_kept = 0
+        self._n_seen = 0
 
-    def learn(self) -> None:
-        for explained in self._learner.taught[self._n_kept :]:
+    def assign(self, batch: PeakBatch, embeddings: NDArray[np.float32]) -> Output:
+        n_before = len(self._learner.taught)
+        output = super().assign(batch, embeddings)
+        for explained in self._learner.taught[n_before:]:
             self._keep(explained)
-        self._n_kept = len(self._learner.taught)
-        super().learn()
-        self._n_kept = min(self._n_kept, len(self._learner.taught))
+        return output
 
     def _keep(self, explained: Explained) -> None:
         rows = np.flatnonzero(explained.unit != UNSORTED)[-_MAP_SPIKES:]

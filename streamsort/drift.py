@@ -42,10 +42,6 @@ class DriftWatch:
     def __init__(self) -> None:
         self._distance, self._amplitude = ADWIN(delta=_DELTA), ADWIN(delta=_DELTA)
 
-    def forget_distances(self) -> None:
-        """Start the distances anew: they are measured with another rule from now on."""
-        self._distance = ADWIN(delta=_DELTA)
-
     def update(self, distances: Iterable[float], amplitudes: Iterable[float]) -> Alarm | None:
         """Take some spikes' distances and heights (noise units) in; say what changed, if anything did. Distances weigh more."""
         far, high = _watch("distance", self._distance, distances), _watch("amplitude", self._amplitude, amplitudes)

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.assign import SAME_SPIKE_MS, Assign, Explained, explain
+from streamsort.assign import Assign, Explained
 from streamsort.calibrate import Calibration, calibrate, template_mismatch
 from streamsort.cluster import Assignment, Newcomer, Prototypes, Space
 from streamsort.config import SorterConfig
 from streamsort.match import Match
 from streamsort.motion import Motion
+from streamsort.noise import divisor
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch, join_records
 from streamsort.refine import find_units, framed
@@ -50,7 +51,9 @@ class Learner:
     Attributes
     ----------
     prototypes : Prototypes or None
-        None until calibration.
+    assign : Assign or None
+        Both None until calibration.
+    motion : Motion
     registry : Registry
     memory : Memory
     taught : list of Explained
@@ -117,18 +120,17 @@ class Learner:
         names = np.zeros(len(bank), np.int64)
         for row in order.tolist():
             names[row] = self.registry.born(sample_index, "calibration")
-        nearby = self._probe.distances_um() <= self._config.match.radius_um
-        match = explain(peaks, matches, bank.templates.channels[:, 0], nearby, round(SAME_SPIKE_MS * self._rate / 1000))
-        row = np.append(matches["row"], -1)[match]
-        clusters = clusters.regrouped(row, peaks["channel"], embeddings, snippets, self._config.cluster.min_members)
         config = self._config
+        assign = Assign(config, self._probe, self._rate, noise, bank, names.tolist(), published_through)
+        row = np.append(matches["row"], -1)[assign.explain(peaks, matches)]
+        clusters = clusters.regrouped(row, peaks["channel"], embeddings, snippets, config.cluster.min_members)
         self.prototypes = Prototypes(
             clusters, names.tolist(), self._snippets.neighbors, config.detect.detect_threshold, config.cluster, config.seed
         )
-        self.assign = Assign(config, self._probe, self._rate, noise, bank, names.tolist(), published_through)
         if len(self._warmup):  # run in, so that nothing is lost between the last peaks and the first matches
             start, traces = self._warmup[-1]
-            self.assign.run_in(start, traces)
+            assign.run_in(start, traces)
+        self.assign = assign
         self._warmup = Warmup()
         for row in range(len(bank)):
             self._place(row)
@@ -147,7 +149,7 @@ class Learner:
             energy = assign.bank.templates.energy[matches["row"]]
             self._published.append((spikes, self._heights(assign, spikes), (energy - matches["gain"]) / np.sqrt(energy + 1)))
         self.taught += explained
-        return np.concatenate([spikes, *(as_spikes(one.peaks[one.unit < 0]) for one in explained)])
+        return join_records([spikes, *(as_spikes(one.peaks[one.unit < 0]) for one in explained)])
 
     def learn(self, assign: Assign, prototypes: Prototypes, boundary: int) -> None:
         """End a learning period: units follow, fall silent, appear."""
@@ -278,8 +280,7 @@ class Learner:
 
 def noise_units(snippets: Floats, noise_level: Floats) -> Floats:
     """Return the snippets over the noise level of each channel; silent where there is none."""
-    level = np.where(noise_level > 0, noise_level, np.float32(np.inf)).astype(np.float32)
-    scaled: Floats = snippets / level[:, None, :]
+    scaled: Floats = snippets / divisor(noise_level)[:, None, :]
     return scaled
 
 

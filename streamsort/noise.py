@@ -24,6 +24,11 @@ def mad(traces: NDArray[np.float32]) -> NDArray[np.float32]:
     return level
 
 
+def divisor(level: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return noise levels as what to divide by: infinite where there is none, so that such a channel is silent."""
+    return np.where(level > 0, level, np.float32(np.inf)).astype(np.float32)
+
+
 class RowCollector:
     """Keep every `stride`-th sample of a stream, by absolute index, until they are taken.
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from streamsort.calibrate import template_mismatch
 from streamsort.errors import StreamsortError
+from streamsort.noise import divisor
 from streamsort.records import UNSORTED, Chunk, Gap, Output, PeakBatch
 from streamsort.sorter import Sorter
 
@@ -168,7 +169,7 @@ def _joined_over_channels(found: Embedded, component: Ints, neighbors: NDArray[n
         own = component == k
         level = found.noise_level[own].mean(axis=0)
         home[k] = found.spikes["channel"][own][0]
-        template[k] = found.snippets[own].mean(axis=0) / np.where(level > 0, level, np.inf)
+        template[k] = found.snippets[own].mean(axis=0) / divisor(level)
     agreeing = []
     for a, b in itertools.combinations(range(n), 2):
         if home[a] != home[b] and home[b] in neighbors[home[a]]:

@@ -5,8 +5,9 @@ publisher per sink, each behind a bounded queue. They only move what the `Sorter
 `Sorter.process` called in a loop. Beside them a thread looks after offers of a new encoder, if there is a session directory.
 
 When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait:
-detection still waits for assignment, but once `queue_s` seconds of chunks are waiting for detection, new ones are dropped, and the
-next one taken carries a `Gap` of kind `overrun`; and a sink that does not keep up loses its oldest outputs, for itself alone.
+detection still waits for assignment, but once `queue_s` seconds of chunks are waiting for detection (`calibration_queue_s` until
+calibration is caught up with), new ones are dropped, and the next one taken carries a `Gap` of kind `overrun`; and a sink that does
+not keep up loses its oldest outputs, for itself alone.
 """
 
 import contextlib

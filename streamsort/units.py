@@ -304,11 +304,6 @@ class Registry:
             unit.silent_since += n_samples
             unit.quality.skip_gap(n_samples)
 
-    def forget_distances(self) -> None:
-        """Let no alarm compare distances in one encoder's space with those in another's."""
-        for unit in self.units.values():
-            unit.drift.forget_distances()
-
     def flags(self, unit_id: NDArray[Any]) -> NDArray[np.uint16]:
         """Return the flags that units lend their spikes, (n_spikes,) uint16; none for unit -1."""
         units = [self.units.get(name) for name in unit_id.tolist()]

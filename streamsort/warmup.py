@@ -10,14 +10,13 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsort.noise import divisor
 from streamsort.records import PeakBatch
 
 Floats = NDArray[np.float32]
 Stretch = tuple[int, Floats]
 
 _MOST_SAMPLES = 7500  # of a stretch: what the matcher's window holds at once
-
-
 _LARGEST = 60_000.0  # what half precision holds; only artifacts are larger
 
 
@@ -35,12 +34,11 @@ class Warmup(Sequence[Stretch]):
         if batch.channel_noise is None or not len(batch.traces):
             return
         if self.channel_noise is None:
-            self.channel_noise = batch.channel_noise.copy()
+            self.channel_noise = divisor(batch.channel_noise)
         if batch.start_sample != self._stop:
             self.close()
             self._start = batch.start_sample
-        level = np.where(self.channel_noise > 0, self.channel_noise, np.float32(np.inf))
-        self._open.append(np.clip(batch.traces / level, -_LARGEST, _LARGEST).astype(np.float16))
+        self._open.append(np.clip(batch.traces / self.channel_noise, -_LARGEST, _LARGEST).astype(np.float16))
         self._stop = batch.start_sample + len(batch.traces)
 
     def close(self) -> None:
