@@ -5,12 +5,14 @@
 Four processes on this machine, for each case: a player that sends a simulated recording in real time through a real LSL outlet or
 ZeroMQ publisher; `streamsort run`, the very command, which sorts and publishes over ZeroMQ; a subscriber that notes
 `time.monotonic()` when a message is in its hands; and a loop that only sleeps until the next ms and notes how late it wakes up,
-which is what the machine itself adds. Latency is receipt minus the `time` of each spike (its trough), of all spikes from `SETTLE_S`
-after calibration on. Printed as the floor is what the first spike of a chunk waits in any implementation: look-ahead, and the chunk
-that has to fill; later ones wait less, so with long chunks the median lies below it. Memory is the resident memory of the sorting
-process, twice a second; CPU is a share of one core. Percentiles of the stages are medians, over the seconds, of those in the
-`status` messages. Where `peaks/s` exceeds what the encoder can do, spikes queue and latency grows without bound: that is then the
-result.
+which is what the machine itself adds. Latency is receipt minus the `time` of each spike (its trough). While units are made of
+the warm-up the stream is queued, and caught up with afterwards: latency counts for `--seconds` from the first spike after the
+warm-up that the sorter did not flag as late, and `catch up s` is how long after the warm-up that is. Where more peaks come than can
+be sorted there is none: then latency counts from `--catch-up-s` on, and grows without bound.
+
+Printed as the floor is what the first spike of a chunk waits in any implementation: look-ahead, and the chunk that has to fill;
+later ones wait less, so with long chunks the median lies below it. Memory is the resident memory of the sorting process, twice a
+second; CPU is a share of one core. Percentiles of the stages are medians, over the seconds, of those in the `status` messages.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import contextlib
 import itertools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -36,17 +39,19 @@ from report import publish, spread
 
 import streamsort
 from streamsort.client import subscribe
+from streamsort.config import StreamConfig
 from streamsort.errors import StreamsortError
 from streamsort.loopback import keep_lsl_private
 from streamsort.player import replay
+from streamsort.records import Flag
 from streamsort.simulate import SimulationConfig
 
-SETTLE_S = 2.0
 COLUMNS = {
     "channels": "channels",
     "chunk_ms": "chunk ms",
     "transport": "through",
     "units": "units",
+    "catch_up_s": "catch up s",
     "peaks_per_s": "peaks/s",
     "floor_ms": "floor ms",
     "p50": "p50 ms",
@@ -68,9 +73,11 @@ COLUMNS = {
 STAGES = ("acquire", "detect", "assign", "publish", "total")
 _READY_S = 120.0
 _SILENCE_S = 30.0
+_END_S = 600.0  # a sorter first sorts what it has queued
 _LOOK_S = 0.5
 _QUIET_S = 1.0  # after the last sample, what is on its way still arrives
 _TICK_S = 1e-3
+_ENOUGH = "enough\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -92,8 +99,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--channels", type=int, nargs="+", choices=tuple(PROBES), default=[32, 128, 384])
     parser.add_argument("--chunk-ms", type=float, nargs="+", default=[1.0, 10.0])
     parser.add_argument("--transport", nargs="+", choices=("lsl", "zmq"), default=["lsl"], help="to the sorter (lsl)")
-    parser.add_argument("--seconds", type=float, default=30.0, help="measured, after calibration (30)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="measured, once calibration is caught up with (30)")
     parser.add_argument("--warmup-s", type=float, default=15.0, help="of calibration (15)")
+    longest = StreamConfig.calibration_queue_s
+    parser.add_argument("--catch-up-s", type=float, default=longest, help=f"at most, from the warm-up to then ({longest:g})")
     parser.add_argument("--loop-s", type=float, default=10.0, help="of signal that are simulated and repeated (10)")
     parser.add_argument("--session", action="store_true", help="also record a session, as an experiment would")
     parser.add_argument("--encoder", default="auto", metavar="WHICH", help="auto, full, light or an .onnx (auto)")
@@ -104,25 +113,25 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _total_s(args: argparse.Namespace) -> float:
-    return float(args.warmup_s + SETTLE_S + args.seconds)
-
-
 # --- the other processes ---------------------------------------------------------------------------------------------------------
 
 
 def play(args: argparse.Namespace) -> dict[str, Any]:
-    """Send the recording in real time once somebody listens."""
-    config = simulation(args.channels[0], args.loop_s)
-    source = Looped(config, _total_s(args), speed=1.0, chunk_ms=args.chunk_ms[0])
+    """Send the recording in real time once somebody listens, until stdin is closed."""
+    total_s = args.warmup_s + args.catch_up_s + args.seconds
+    source = Looped(simulation(args.channels[0], args.loop_s), total_s, speed=1.0, chunk_ms=args.chunk_ms[0])
+    enough = threading.Event()
+    threading.Thread(target=_when_stdin_ends, args=(enough.set,), daemon=True).start()
     print("ready", flush=True)
-    return {"samples_sent": replay(source, args.url, wait_s=_READY_S)}
+    return {"samples_sent": replay(source, args.url, wait_s=_READY_S, stop=enough)}
 
 
 def receive(args: argparse.Namespace) -> dict[str, Any]:
-    """Note when each spike arrived, until stdin is closed; keep the status messages."""
+    """Note when each spike arrived, until stdin is closed, and say when it is enough; keep the status messages."""
     parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
     statuses: list[dict[str, Any]] = []
+    rate, enough = SimulationConfig.sampling_frequency, False
+    from_sample = round((args.warmup_s + args.catch_up_s) * rate)
     with subscribe(args.url) as subscription:
         messages = subscription.messages("spikes", "status")
         threading.Thread(target=_when_stdin_ends, args=(subscription.close,), daemon=True).start()
@@ -131,13 +140,23 @@ def receive(args: argparse.Namespace) -> dict[str, Any]:
             now = time.monotonic()
             if message.topic == "spikes":
                 parts.append((message.payload["sample_index"].copy(), now - message.payload["time"]))
+                from_sample = min(from_sample, first_in_time(message.payload, args.warmup_s * rate, from_sample))
+                if not enough and parts[-1][0].max(initial=0) >= from_sample + args.seconds * rate:
+                    enough = True
+                    print(end=_ENOUGH, flush=True)
             else:
                 statuses.append(message.payload)
         lost = dict(subscription.lost)
     sample_index = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0, np.int64)
     latency_s = np.concatenate([part[1] for part in parts]) if parts else np.zeros(0)
     np.savez(args.out, sample_index=sample_index, latency_s=latency_s)
-    return {"messages_lost": lost, "statuses": statuses}
+    return {"messages_lost": lost, "statuses": statuses, "from_sample": from_sample}
+
+
+def first_in_time(spikes: NDArray[Any], warmup_samples: float, otherwise: int) -> int:
+    """Return the sample index of the first spike after the warm-up that is not flagged late."""
+    in_time = (spikes["sample_index"] >= warmup_samples) & (spikes["flags"] & int(Flag.LATE) == 0)
+    return int(spikes["sample_index"][in_time].min(initial=otherwise))
 
 
 def _when_stdin_ends(act: Callable[[], None]) -> None:
@@ -204,10 +223,10 @@ class Child:
         """Let it end, and return what it said."""
         if interrupt:
             self.process.send_signal(signal.SIGINT)
-        said, _ = self.process.communicate(timeout=_SILENCE_S)
+        said, _ = self.process.communicate(timeout=_END_S)
         if self.process.returncode:
             raise StreamsortError(f"benchmark: {self._command} ended with code {self.process.returncode}")
-        return dict(json.loads(said))
+        return dict(json.loads(said.removeprefix(_ENOUGH)))
 
     def kill(self) -> None:
         if self.process.poll() is None:
@@ -224,7 +243,7 @@ def measure(n_channels: int, chunk_ms: float, transport: str, args: argparse.Nam
     stream = f"lsl:streamsort-latency-{os.getpid()}" if transport == "lsl" else f"tcp://127.0.0.1:{free_port()}"
     spikes, lateness = folder / "spikes.npz", folder / "lateness.npy"
     case = ["--channels", str(n_channels), "--chunk-ms", str(chunk_ms), "--warmup-s", str(args.warmup_s)]
-    case += ["--seconds", str(args.seconds), "--loop-s", str(args.loop_s)]
+    case += ["--seconds", str(args.seconds), "--catch-up-s", str(args.catch_up_s), "--loop-s", str(args.loop_s)]
     run = ["-m", "streamsort", "run", stream, "--publish", published, "--warmup-s", str(args.warmup_s)]
     run += ["--encoder", args.encoder, "--provider", args.provider, "--timeout", str(_SILENCE_S), "--json"]
     if args.session:
@@ -238,12 +257,12 @@ def measure(n_channels: int, chunk_ms: float, transport: str, args: argparse.Nam
 
         player = start(__file__, "--role", "play", "--url", stream, *case)
         player.wait_ready()
-        receiver = start(__file__, "--role", "receive", "--url", published, "--out", str(spikes))
+        receiver = start(__file__, "--role", "receive", "--url", published, "--out", str(spikes), *case)
         receiver.wait_ready()
         sleeper = start(__file__, "--role", "idle", "--out", str(lateness))
         sleeper.wait_ready()
         sorter = start(*run)
-        for _ in _looks_until_ended(player.process, sorter.process):
+        for _ in looks_until_enough(receiver, player, sorter):
             sorter.look()
             player.look()
         sent = player.finish()["samples_sent"]
@@ -261,12 +280,12 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _looks_until_ended(*processes: "subprocess.Popen[str]") -> Iterator[None]:
-    """Step twice a second until one of the processes ends."""
-    while all(process.poll() is None for process in processes):
+def looks_until_enough(receiver: Child, *others: Child) -> Iterator[None]:
+    """Step twice a second until the receiver says that it is enough, or one of the processes ends."""
+    while all(child.process.poll() is None for child in (receiver, *others)):
         yield
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            processes[0].wait(_LOOK_S)
+        if select.select([receiver.process.stdout], [], [], _LOOK_S)[0]:
+            return
 
 
 def _figures(
@@ -281,12 +300,12 @@ def _figures(
     lateness: NDArray[np.float64],
 ) -> dict[str, Any]:
     rate = SimulationConfig.sampling_frequency
-    from_sample = (args.warmup_s + SETTLE_S) * rate
-    counts = spikes["sample_index"] >= from_sample
-    pause = ~counts & (spikes["sample_index"] >= (args.warmup_s - SETTLE_S) * rate)
+    at_s, from_s = spikes["sample_index"] / rate, heard["from_sample"] / rate
+    counts = (at_s >= from_s) & (at_s < from_s + args.seconds)
+    pause = (at_s >= args.warmup_s) & (at_s < from_s)
     # Host time of sample 0, to a ms or two: a status can only be late.
     began = min(status["time"] - status["samples_acquired"] / rate for status in heard["statuses"])
-    from_time = began + args.warmup_s + SETTLE_S
+    from_time = began + from_s
     empty = lateness[lateness[:, 0] >= from_time, 1]
     received = spread(1e3 * spikes["latency_s"][counts], (50, 95, 99, 99.9))
     return {
@@ -296,6 +315,7 @@ def _figures(
         "seconds": args.seconds,
         "units": counted["n_units"],
         "calibrated": counted["calibrated"],
+        "catch_up_s": from_s - args.warmup_s,
         "encoder": counted["encoder"],
         "provider": counted["provider"],
         "peaks_per_s": float(counts.sum() / args.seconds),
@@ -315,7 +335,7 @@ def _figures(
         "spikes_received": len(spikes["sample_index"]),
         "spikes_lost": counted["spikes"] - len(spikes["sample_index"]),
         "messages_lost": heard["messages_lost"],
-        "late": int((1e3 * spikes["latency_s"][counts] > 10.0).sum()),
+        "late": int((spikes["latency_s"][counts] > StreamConfig.deadline_ms / 1e3).sum()),
         "late_flags": counted["late"],
         "outputs_dropped": counted["outputs_dropped"],
         "measured_from": from_time,

@@ -20,9 +20,10 @@ PROBES = {4: "tetrode", 32: "grid32", 128: "neuropixels128", 384: "neuropixels38
 CHANNELS_PER_UNIT = 2
 
 
-def simulation(n_channels: int, seconds: float, seed: int = 0) -> SimulationConfig:
+def simulation(n_channels: int, seconds: float, n_units: int | None = None) -> SimulationConfig:
     """Choose a recording for so many channels: a unit for every two of them, 1 to 12 spikes a second each, with noise between."""
-    return SimulationConfig(seconds=seconds, probe_name=PROBES[n_channels], n_units=n_channels // CHANNELS_PER_UNIT, seed=seed)
+    n_units = n_channels // CHANNELS_PER_UNIT if n_units is None else n_units
+    return SimulationConfig(seconds=seconds, probe_name=PROBES[n_channels], n_units=n_units)
 
 
 class Looped(PacedSource):

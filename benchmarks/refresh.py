@@ -7,14 +7,15 @@ processes run on this machine: a player over ZeroMQ; `streamsort run` with a ses
 a spike is in its hands; a loop that only sleeps until the next ms and notes how late it wakes up, which is what the machine itself
 adds; and, the second time, the `streamsort refresh` that `--refresh-every` starts, whose offer the run takes over or refuses.
 
-Latency is receipt minus the trough of each spike, from `SETTLE_S` after calibration on; `refreshing` is the part from the start of
-the refresh until the former encoder is let go, and the same part of the stream without one. The ids of a true unit are those that
-`streamsort.score` matches it to in the third of the stream before the swap, and in that after it; in the run without a refresh
-around the same sample.
+Latency is receipt minus the trough of each spike, for `--seconds` from when calibration is caught up with (`catch up s` after the
+warm-up, see `latency.py`); `refreshing` is the part from the start of the refresh until the former encoder is let go, and the same
+part of the stream without one. The ids of a true unit are those that `streamsort.score` matches it to in a third of those seconds
+before the swap, and in one after it; in the run without a refresh around the same sample.
 """
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latency import SETTLE_S, Child, free_port
+from latency import Child, free_port, looks_until_enough
 from numpy.typing import NDArray
 from report import publish, spread
 
@@ -36,6 +37,7 @@ from streamsort.simulate import SimulationConfig, truth, units_of, write_recordi
 COLUMNS = {
     "refresh": "refresh",
     "units": "units",
+    "catch_up_s": "catch up s",
     "spikes_per_s": "spikes/s",
     "p50": "p50 ms",
     "p99": "p99",
@@ -55,7 +57,7 @@ COLUMNS = {
     "agreement": "agreement",
 }
 MIN_SNR = 5.0
-_STARTED = 0.4  # of the time after calibration: when the refresh begins, so that there is a third left behind the swap
+_STARTED = 0.4  # of the time that counts: the refresh begins so long after calibration, and leaves a third behind the swap
 _QUIET_S = 1.0
 _SILENCE_S = 30.0
 _LATENCY = str(Path(__file__).with_name("latency.py"))
@@ -65,8 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Stream twice, print and write."""
     args = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # so that children end with us
+    total_s = args.warmup_s + args.catch_up_s + args.seconds
     config = SimulationConfig(
-        seconds=args.seconds, probe_name=args.probe, n_units=args.units, snr=(4.0, 15.0), drift_um=args.drift_um, seed=args.seed
+        seconds=total_s, probe_name=args.probe, n_units=args.units, snr=(4.0, 15.0), drift_um=args.drift_um, seed=args.seed
     )
     with tempfile.TemporaryDirectory(prefix="streamsort-refresh-") as folder:
         write_recording(config, Path(folder) / "simulation")
@@ -80,8 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure what a refresh of the encoder costs a live session.")
-    parser.add_argument("--seconds", type=float, default=300.0, help="of stream, twice (300)")
+    parser.add_argument("--seconds", type=float, default=300.0, help="measured, twice, once calibration is caught up with (300)")
     parser.add_argument("--warmup-s", type=float, default=30.0, help="of calibration (30)")
+    parser.add_argument("--catch-up-s", type=float, default=60.0, help="at most, from the warm-up to then (60)")
     parser.add_argument("--probe", default="grid32", help="as in a simulation (grid32)")
     parser.add_argument("--units", type=int, default=16, help="of the simulation (16)")
     parser.add_argument("--drift-um", type=float, default=10.0, help="amplitude of a sine of two minutes (10)")
@@ -93,11 +97,6 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _over(value: float | None, reference: float | None) -> float | None:
     return None if value is None or not reference else value / reference
-
-
-def _start_s(args: argparse.Namespace) -> float:
-    """When the refresh begins."""
-    return float(args.warmup_s + _STARTED * (args.seconds - args.warmup_s))
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,8 @@ class Run:
         `sample_index` and `latency_s` of each spike that the subscriber received.
     lateness : ndarray, shape (n, 2), float64
         When the empty loop woke up, and how late, in s.
-    statuses : list of dict
+    heard : dict
+        What the subscriber said at its end: the `statuses`, and `from_sample`, from where on latency counts.
     refreshed : bool
     """
 
@@ -124,7 +124,7 @@ class Run:
     counted: dict[str, Any]
     spikes: dict[str, NDArray[Any]]
     lateness: NDArray[np.float64]
-    statuses: list[dict[str, Any]]
+    heard: dict[str, Any]
     refreshed: bool
 
     @property
@@ -139,14 +139,15 @@ class Run:
 
 
 def stream(folder: Path, args: argparse.Namespace, refreshed: bool) -> Run:
-    """Run the processes to the end of the recording, and collect what they noted."""
+    """Run the processes until enough of the recording is counted, and collect what they noted."""
     source, published = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     kind = "with" if refreshed else "without"
     session, spikes, lateness = folder / f"session-{kind}", folder / f"spikes-{kind}.npz", folder / f"lateness-{kind}.npy"
     run = ["-m", "streamsort", "run", source, "--publish", published, "--session", str(session), "--json"]
     run += ["--warmup-s", str(args.warmup_s), "--encoder", args.encoder, "--timeout", str(_SILENCE_S)]
+    spans = ["--warmup-s", str(args.warmup_s), "--catch-up-s", str(args.catch_up_s), "--seconds", str(args.seconds)]
     if refreshed:
-        run += ["--refresh-every", str((_start_s(args) - args.warmup_s) / 60)]
+        run += ["--refresh-every", str(_STARTED * args.seconds / 60)]
     with contextlib.ExitStack() as stack:
 
         def start(*command: str) -> Child:
@@ -154,59 +155,64 @@ def stream(folder: Path, args: argparse.Namespace, refreshed: bool) -> Run:
             stack.callback(child.kill)
             return child
 
-        receiver = start(_LATENCY, "--role", "receive", "--url", published, "--out", str(spikes))
+        receiver = start(_LATENCY, "--role", "receive", "--url", published, "--out", str(spikes), *spans)
         receiver.wait_ready()
         sleeper = start(_LATENCY, "--role", "idle", "--out", str(lateness))
         sleeper.wait_ready()
         sorter = start(*run)
         recording = str(folder / "simulation" / "recording")
         player = start("-m", "streamsort", "replay", recording, "--to", source, "--timeout", "120", "--json")
-        player.process.wait(args.seconds + 180)
-        sent = player.finish()["samples_sent"]
+        for _ in looks_until_enough(receiver, player, sorter):
+            pass
+        sent = player.finish(interrupt=True)["samples_sent"]
         time.sleep(_QUIET_S)
         counted = sorter.finish(interrupt=True)
         sleeper.finish()
-        statuses = receiver.finish()["statuses"]
+        heard = receiver.finish()
     with np.load(spikes) as columns:
         received = dict(columns)
-    return Run(Session(session), sent, counted, received, np.load(lateness), statuses, refreshed)
+    return Run(Session(session), sent, counted, received, np.load(lateness), heard, refreshed)
 
 
 def figures(run: Run, config: SimulationConfig, args: argparse.Namespace, swap: int | None) -> dict[str, Any]:
     """Sum up a run; `swap` is where units are compared before and after, the middle if there was none."""
-    rate = config.sampling_frequency
-    from_s = args.warmup_s + SETTLE_S
+    rate, statuses = config.sampling_frequency, run.heard["statuses"]
+    from_s = run.heard["from_sample"] / rate
+    to_s = from_s + args.seconds
     at_s, latency_ms = run.spikes["sample_index"] / rate, 1e3 * run.spikes["latency_s"]
-    counts = at_s >= from_s
-    swap_s = config.seconds / 2 if swap is None else swap / rate
-    refreshing = (at_s >= _start_s(args)) & (at_s < swap_s + RefreshConfig.watch_s)
-    began = min(status["time"] - status["samples_acquired"] / rate for status in run.statuses)
+    counts = (at_s >= from_s) & (at_s < to_s)
+    swap_s = (from_s + to_s) / 2 if swap is None else swap / rate
+    began = min(status["time"] - status["samples_acquired"] / rate for status in statuses)
+    calibrated_s = next((status["time"] - began for status in statuses if status["calibrated"]), math.inf)
+    refreshing = counts & (at_s >= calibrated_s + _STARTED * args.seconds) & (at_s < swap_s + RefreshConfig.watch_s)
     empty = 1e3 * run.lateness[run.lateness[:, 0] >= began + from_s, 1]
     took_over = next((event for event in run.events if event["sample_index"] == run.swap), {})
     return {
         "refresh": "yes" if run.refreshed else "no",
         "encoder": run.counted["encoder"],
         "units": run.counted["n_units"],
-        "spikes_per_s": float(counts.sum() / (config.seconds - from_s)),
+        "catch_up_s": from_s - args.warmup_s,
+        "spikes_per_s": float(counts.sum() / args.seconds),
         **spread(latency_ms[counts], (50, 99, 99.9)),
         **{f"refreshing_{name}": value for name, value in spread(latency_ms[refreshing], (50, 99)).items()},
         **{f"empty_{name}": value for name, value in spread(empty, (50, 99)).items()},
         "late": int((latency_ms[counts] > StreamConfig.deadline_ms).sum()),
         "samples_lost": run.sent - run.counted["samples_acquired"],
-        **_ids(run, config, from_s, swap_s),
+        **_ids(run, config, (from_s, swap_s, to_s)),
         "swap_s": None if run.swap is None else run.swap / rate,
         "agreement": took_over.get("agreement"),
         "agreement_by_unit": took_over.get("agreement_by_unit"),
         "events": run.events,
         "offers": {path.stem: path.read_text() for path in sorted((run.session.path / "models").glob("*.json"))},
-        "status": run.statuses[-1].get("refresh") if run.statuses else None,
+        "status": statuses[-1].get("refresh"),
     }
 
 
-def _ids(run: Run, config: SimulationConfig, from_s: float, swap_s: float) -> dict[str, Any]:
-    """Match the larger true units with published ones, in a third of the stream before the swap and in one after it."""
-    third = config.seconds / 3
-    spans = (max(swap_s - third, from_s), swap_s), (swap_s, min(swap_s + third, config.seconds))
+def _ids(run: Run, config: SimulationConfig, times_s: tuple[float, float, float]) -> dict[str, Any]:
+    """Match the larger true units with published ones, before the swap and after it; times are start, swap and end."""
+    from_s, swap_s, to_s = times_s
+    third = (to_s - from_s) / 3
+    spans = (max(swap_s - third, from_s), swap_s), (swap_s, min(swap_s + third, to_s))
     large = np.flatnonzero(units_of(config).snr >= MIN_SNR)
     ids = []
     for start, end in spans:

@@ -67,6 +67,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how much faster than real time one core sorts.")
     parser.add_argument("--channels", type=int, nargs="+", choices=tuple(PROBES), default=[32, 128, 384])
     parser.add_argument("--chunk-ms", type=float, nargs="+", default=[1.0, 10.0])
+    parser.add_argument("--units", type=int, help="of the simulation (one for every two channels)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of signal per pass and repeat (10)")
     parser.add_argument("--repeats", type=int, default=5, help="(5)")
     parser.add_argument("--warmup-s", type=float, default=15.0, help="of signal to calibrate on (15)")
@@ -80,7 +81,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def measure(n_channels: int, chunk_ms: float, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one number of channels at one length of chunks."""
     total_s = args.warmup_s + 1.0 + 2 * args.repeats * args.seconds
-    source = Looped(simulation(n_channels, args.loop_s), total_s, chunk_ms=chunk_ms)
+    source = Looped(simulation(n_channels, args.loop_s, args.units), total_s, chunk_ms=chunk_ms)
     config = SorterConfig(warmup_s=args.warmup_s, encode=EncodeConfig(args.encoder, args.provider))
     sorter = Sorter(config, source.info)
     sorter.warmup()
