@@ -7,7 +7,7 @@ every chunk carries its own estimate of when sample 0 was (`t_origin`), so a sam
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,6 +117,19 @@ class Chunk:
     @property
     def end_sample(self) -> int:
         return self.start_sample + self.n_samples
+
+    @staticmethod
+    def joined(chunks: Sequence["Chunk"]) -> list["Chunk"]:
+        """Return chunks with those that follow one another without a gap made one, as old as its first."""
+        runs: list[list[Chunk]] = []
+        for chunk in chunks:
+            last = runs[-1][-1] if runs else chunk
+            alike = chunk.traces.dtype == last.traces.dtype and chunk.traces.shape[1:] == last.traces.shape[1:]
+            if runs and chunk.start_sample == last.end_sample and alike and not chunk.gaps:
+                runs[-1].append(chunk)
+            else:
+                runs.append([chunk])
+        return [replace(run[0], traces=np.concatenate([one.traces for one in run])) if len(run) > 1 else run[0] for run in runs]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from streamsort.sinks import Archive, Sink
 from streamsort.sorter import Sorter
 from streamsort.sources import Source
 
+_JOINED_S = 0.01  # at 1 ms a chunk costs twice as much per sample
 _ENCODE_BYTES = 2 << 20  # about 1000 snippets: past that, waiting for more costs latency and wins no throughput
 _BATCHES_BYTES = 64 << 20
 _SINK_BYTES = 16 << 20  # some 10 s of a busy probe
@@ -261,11 +262,14 @@ class Stream:
             self._dropped += [*chunk.gaps, Gap(chunk.start_sample, chunk.n_samples, "overrun")]
 
     def _detect(self) -> None:
-        for chunk in self._chunks:
-            for batch in self._sorter.detect(chunk):
-                now = time.monotonic()
-                self._latency["detect"].add(now - chunk.t_acquired)
-                self._batches.put((batch, now), batch.snippets.nbytes + batch.traces.nbytes + ITEM_BYTES)
+        """Detect in what is waiting, a little of it at a time: one long chunk costs less than many short ones."""
+        most = _JOINED_S * self._source.info.sampling_frequency
+        while taken := self._chunks.take(most):
+            for chunk in Chunk.joined(taken):
+                for batch in self._sorter.detect(chunk):
+                    now = time.monotonic()
+                    self._latency["detect"].add(now - chunk.t_acquired)
+                    self._batches.put((batch, now), batch.snippets.nbytes + batch.traces.nbytes + ITEM_BYTES)
 
     def _assign(self) -> None:
         """Encode all that is waiting in one go, so that batches form by themselves under load."""
