@@ -1,9 +1,11 @@
 """The units' mean snippets, and how they follow their units.
 
-In come matched spikes with their clean snippets; kept are each unit's mean snippet on all channels and its firing rate, and from
-them the templates in force. A mean forgets as fast as its noise allows: the mean of n snippets is off by an energy in proportion to
-1/n, which a large unit bears and a small one does not. Everything changes at the caller's learning boundaries only, a few units at
-each, those with most news first.
+In come matched spikes with their clean snippets, and how far the tissue has moved; kept are each unit's mean snippet on all
+channels and its firing rate, and from them the templates in force. Means move with the tissue, which needs no spikes, and what
+remains is learned from spikes, by each unit at its own speed: when the errors of successive spikes are alike, the mean lags behind
+and learns faster; when they are unlike, it follows noise and learns more slowly. So a unit that changes is kept up with, and one
+that does not is averaged over hundreds of spikes. Templates change at the caller's learning boundaries only, a few at each, those
+with most news first.
 """
 
 import numpy as np
@@ -16,13 +18,17 @@ from streamsort.templates import TemplateMaker, Templates, likeness
 Floats = NDArray[np.float32]
 
 _TIMELY = 0.5  # of a unit's energy: a spike that explains less teaches nothing; it may be a neighbour's
-_SLOWEST, _FASTEST, _SPIKES_ENERGY = 1 / 400, 1 / 12, 4000.0
+_SLOWEST, _FIRST, _FASTEST = 1 / 400, 1 / 30, 1 / 4  # of an error is learned from one spike
+_EAGERNESS = 0.5  # by e to this the speed changes when two errors are the same
+_LARGE = 12  # channels on which errors are compared; the others are mostly noise
 _RATE_S = 60.0  # firing rates are averaged over so long
 _LOWEST_HZ, _HIGHEST_HZ = 0.2, 20.0
 _MOST_OFFSET = 3  # samples
 _POSITIVE = 1.5  # a peak so many times its trough makes a unit positive
-_AFTER_MOVE = 10  # spikes a moved template counts for: it is an interpolation
-_MOST_REMADE = 8  # 0.2 ms each
+_AFTER_JUMP = 10  # spikes a template counts for that was moved far: it is an interpolation
+_LEAST_MOVE_UM = 1.0  # smaller moves wait: the estimate of the displacement trembles by as much
+_NEWS_PER_UM = 0.1  # as much as a tenth of an error learned
+_MOST_REMADE = 8  # 0.6 ms each
 
 
 class Bank:
@@ -58,9 +64,10 @@ class Bank:
     ) -> None:
         self._maker, self._rate, self._tightness, self._n_before = maker, sampling_frequency, maker.tightness, maker.n_before
         self.means, self.n_spikes, self.rates_hz = means.copy(), n_spikes.copy(), rates_hz.astype(np.float64)
-        self.templates: Templates = maker(self.means)
+        self.templates: Templates = maker(self.means, self.n_spikes)
         self.remade: list[int] = []
-        self._news = np.zeros(len(means))
+        self._news, self._owed_um = np.zeros(len(means)), np.zeros(len(means))
+        self._speed, self._error = np.full(len(means), _FIRST), np.zeros_like(self.means)
 
     def __len__(self) -> int:
         return len(self.means)
@@ -74,46 +81,57 @@ class Bank:
         """Append a unit: its mean snippet (n_samples, n_channels), of how many spikes, and how often it fires."""
         self.means = np.concatenate([self.means, mean[None]])
         self.n_spikes, self.rates_hz = np.append(self.n_spikes, n_spikes), np.append(self.rates_hz, rate_hz)
-        self._news = np.append(self._news, 0.0)
-        self.templates = self._maker(self.means)
+        self._news, self._owed_um = np.append(self._news, 0.0), np.append(self._owed_um, 0.0)
+        self._speed = np.append(self._speed, _FIRST)
+        self._error = np.concatenate([self._error, np.zeros_like(mean[None])])
+        self.templates = self._maker(self.means, self.n_spikes)
 
     def likeness_to(self, mean: Floats) -> tuple[NDArray[np.float64], float]:
         """Compare a mean snippet (n_samples, n_channels) with the units: cosine with each template, (n_units,), and its energy."""
-        templates = self._maker(np.concatenate([self.means, mean[None]]))
+        templates = self._maker(np.concatenate([self.means, mean[None]]), np.append(self.n_spikes, 1))
         return likeness(templates)[-1, :-1], float(templates.energy[-1])
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, in this order."""
-        self.means, self.n_spikes = self.means[rows], self.n_spikes[rows]
-        self.rates_hz, self._news = self.rates_hz[rows], self._news[rows]
-        self.templates = self._maker(self.means)
+        for name in ("means", "n_spikes", "rates_hz", "_news", "_owed_um", "_speed", "_error"):
+            setattr(self, name, getattr(self, name)[rows])
+        self.templates = self._maker(self.means, self.n_spikes)
 
     def reset(self, row: int, mean: Floats, n_spikes: int) -> None:
         """Give a unit another mean snippet, of how many spikes."""
         self.means[row], self.n_spikes[row] = mean, n_spikes
-        self._maker.put(self.templates, row, mean)
+        self._maker.put(self.templates, row, mean, n_spikes)
         self.templates = self._maker.related(self.templates)
 
     def move(self, displacement_um: NDArray[np.float64], near: NDArray[np.int32], channel_locations: NDArray[np.float64]) -> None:
-        """Move all units along y; from there they learn anew.
+        """Move units along y with the tissue; templates follow at the next `learn` or `remake`.
 
         Parameters
         ----------
         displacement_um : ndarray, shape (n_units,), float64
+            Since the last call. Less than 1 um in all waits for more.
         near : ndarray, shape (n_channels, n_near), int32
             The channels near each, -1 for none.
         channel_locations : ndarray, shape (n_channels, 2), float64
             In um.
         """
-        channels = near[self.templates.channels[:, 0]]
-        for row, around in enumerate(channels):
-            around = around[around >= 0]
-            by = displacement_um[row : row + 1]
-            moved = move_templates(self.means[row : row + 1][:, :, around], around[None], channel_locations, by)
-            self.means[row] = 0
-            self.means[row][:, around] = moved[0]
-        self.n_spikes[:] = np.minimum(self.n_spikes, _AFTER_MOVE)
-        self.templates = self._maker(self.means)
+        self._owed_um += displacement_um
+        rows = np.flatnonzero(np.abs(self._owed_um) >= _LEAST_MOVE_UM)
+        channels, by_um = near[self.templates.channels[rows, 0]], self._owed_um[rows]
+        means = self.means[rows[:, None], :, channels].transpose(0, 2, 1)
+        # The change alone: interpolating the whole mean over and over would blur it.
+        moved, still = (move_templates(means, channels, channel_locations, by) for by in (by_um, np.zeros_like(by_um)))
+        for row, around, change in zip(rows.tolist(), channels, moved - still, strict=True):
+            self.means[row][:, around[around >= 0]] += change[:, around >= 0]
+        self._news[rows] += _NEWS_PER_UM * np.abs(by_um)
+        self._owed_um[rows] = 0
+
+    def jump(self, displacement_um: NDArray[np.float64], near: NDArray[np.int32], channel_locations: NDArray[np.float64]) -> None:
+        """Move units as `move` does, but at once and by much: from there they learn anew."""
+        self.move(displacement_um, near, channel_locations)
+        self.n_spikes = np.minimum(self.n_spikes, _AFTER_JUMP)
+        self._error[:] = 0
+        self.remake(len(self))
 
     def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float) -> bool:
         """Take a period's spikes in; tell whether templates changed.
@@ -128,18 +146,43 @@ class Bank:
         """
         counts = np.bincount(matches["row"], minlength=len(self))
         self.rates_hz += (1 - np.exp(-seconds / _RATE_S)) * (counts / seconds - self.rates_hz)
-        energy = self.templates.energy
+        timely = np.where(self.n_spikes > 3 * _AFTER_JUMP, _TIMELY, _TIMELY / 2) * self.templates.energy
         expected = self._expected_amplitude()
-        for row, match, snippet in zip(matches["row"].tolist(), matches, snippets, strict=True):
-            timely = _TIMELY if self.n_spikes[row] > _AFTER_MOVE * 3 else _TIMELY / 2
-            if match["gain"] > timely * energy[row] and not match["collision"]:
-                self._level(snippet, row, float(match["amplitude"]), expected[row])
-                self.n_spikes[row] += 1
-                speed = float(np.clip(energy[row] / _SPIKES_ENERGY, _SLOWEST, _FASTEST))
-                rate = max(speed, 1.0 / self.n_spikes[row])
-                self.means[row] += np.float32(rate) * (snippet - self.means[row])
-                self._news[row] += rate
+        teaching = self._alone(matches) & (matches["gain"] > timely[matches["row"]])
+        for match, snippet in zip(matches[teaching], snippets[teaching], strict=True):
+            row = int(match["row"])
+            error = self._levelled(snippet, row, float(match["amplitude"]), expected[row]) - self.means[row]
+            self.n_spikes[row] += 1
+            faster = np.exp(_EAGERNESS * self._agreement(row, error))
+            self._speed[row] = np.clip(faster * self._speed[row], _SLOWEST, _FASTEST)
+            rate = max(self._speed[row], 1 / self.n_spikes[row])
+            self.means[row] += np.float32(rate) * error
+            self._news[row] += rate
         return self.remake(_MOST_REMADE)
+
+    def _alone(self, matches: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Tell which spikes overlap no larger one on shared channels: a little of that is always left, and often the same."""
+        t, n_samples = self.templates, self.templates.filters.shape[1]
+        order = np.argsort(matches["sample_index"], kind="stable")
+        rows, at = matches["row"][order], matches["sample_index"][order]
+        energy = t.energy[rows]
+        alone = np.ones(len(at), bool)
+        first = np.searchsorted(at, at - n_samples)
+        for k in range(1, len(at)):
+            before = slice(int(first[k]), k)
+            shared = (t.rivals[rows[k]] == rows[before][:, None]).any(axis=1)
+            alone[before] &= ~(shared & (energy[k] >= energy[before]))
+            alone[k] &= not (shared & (energy[before] >= energy[k])).any()
+        alone[order] = alone.copy()
+        return alone
+
+    def _agreement(self, row: int, error: Floats) -> float:
+        """Return the cosine between this error of a mean and that of the spike before, where the unit is large."""
+        t = self.templates
+        channels = t.channels[row][:_LARGE]
+        now, last = (one[: t.filters.shape[1], channels[channels >= 0]] for one in (error, self._error[row]))
+        self._error[row] = error
+        return float((now * last).sum() / np.sqrt((now * now).sum() * (last * last).sum() + 1e-12))
 
     def _expected_amplitude(self) -> NDArray[np.float64]:
         """Return the mean score over energy of the spikes that pass the threshold: over 1 for a unit hardly above it."""
@@ -148,8 +191,8 @@ class Bank:
         hazard = np.exp(-(least**2) / 2) / np.sqrt(2 * np.pi) / np.maximum(ndtr(-least), 1e-6)
         return np.asarray(1 + hazard / np.sqrt(energy))
 
-    def _level(self, snippet: Floats, row: int, amplitude: float, expected: float) -> None:
-        """Take off the part of a snippet's size that it owes to having passed the threshold, in place.
+    def _levelled(self, snippet: Floats, row: int, amplitude: float, expected: float) -> Floats:
+        """Return a snippet without the part of its size that it owes to having passed the threshold.
 
         Without this a weak unit is taught by its largest spikes, grows, passes fewer, and is lost.
         """
@@ -158,14 +201,16 @@ class Bank:
         n = int((channels >= 0).sum())
         energy = float(t.energy[row])
         score = amplitude * (energy + self._tightness) - self._tightness
-        snippet[:, channels[:n]] -= np.float32(score / energy * (1 - 1 / expected)) * t.centred[row][:, :n]
+        levelled = snippet.copy()
+        levelled[:, channels[:n]] -= np.float32(score / energy * (1 - 1 / expected)) * t.centred[row][:, :n]
+        return levelled
 
     def remake(self, n_most: int) -> bool:
         """Bring the templates with most news up to date; tell whether there were any."""
         rows = np.argsort(-self._news, kind="stable")[:n_most]
         rows = rows[self._news[rows] > 0.05]
         for row in rows.tolist():
-            self._maker.put(self.templates, row, self.means[row])
+            self._maker.put(self.templates, row, self.means[row], int(self.n_spikes[row]))
             self._anchor(row)
         self._news[rows] = 0
         self.remade = rows.tolist()
@@ -181,4 +226,4 @@ class Bank:
         offset = int(extreme) - self._n_before
         if abs(offset) > _MOST_OFFSET:
             self.means[row] = np.roll(self.means[row], -int(np.sign(offset)), axis=0)
-            self._maker.put(t, row, self.means[row])
+            self._maker.put(t, row, self.means[row], int(self.n_spikes[row]))

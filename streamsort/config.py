@@ -140,8 +140,9 @@ class MatchConfig:
     # Look-ahead, together with sweep_ms. The band-pass draws spikes out: with 1.0 units of SNR 3 on a tetrode lose 0.05 of
     # accuracy, with 0.8 they lose 0.18.
     ms_after: float = 1.3
-    n_channels: int = 24  # of a template: those where it is largest
-    radius_um: float = 120.0  # and which lie this near its largest
+    ms_tail: float = 4.0  # so far after its trough a spike is subtracted: large ones swing back for long after the band-pass
+    n_channels: int = 32  # of a template: those where it is largest
+    radius_um: float = 120.0  # its neighbourhood; further away only what stands out
     n_ranks: int = 3
     sweep_ms: float = 0.13  # of two rivals within this, the one that explains more is subtracted first
     refractory_ms: float = 1.0  # a unit does not fire twice within this
@@ -152,6 +153,7 @@ class MatchConfig:
     def __post_init__(self) -> None:
         for name in ("ms_before", "ms_after", "sweep_ms", "refractory_ms", "amplitude_spread"):
             _require(getattr(self, name) > 0, f"match.{name}", getattr(self, name), "a positive number")
+        _require(self.ms_tail > self.ms_after, "match.ms_tail", self.ms_tail, f"more than ms_after = {self.ms_after:g}")
         for name in ("n_channels", "n_ranks", "rounds"):
             _require(getattr(self, name) >= 1, f"match.{name}", getattr(self, name), "1 or more")
         for name in ("radius_um", "tolerance"):

@@ -30,7 +30,7 @@ _N_SHAPES = 3  # temporal components in which candidates are compared
 class Group(NamedTuple):
     """Candidates that look alike."""
 
-    mean: Floats  # (n_samples, n_channels), noise units
+    mean: Floats  # (n_whole, n_channels), noise units
     n_spikes: int
 
 
@@ -43,11 +43,12 @@ class Discover:
     noise : NoiseModel
     shapes : ndarray, shape (n_shapes, n_samples), float32
         Waveforms of usual spikes on their largest channel, trough at `n_before`.
-    n_before : int
+    n_before, n_whole : int
+        Of a candidate's snippet.
     """
 
-    def __init__(self, probe: Probe, noise: NoiseModel, shapes: Floats, n_before: int) -> None:
-        self._noise, self._n_before = noise, n_before
+    def __init__(self, probe: Probe, noise: NoiseModel, shapes: Floats, n_before: int, n_whole: int) -> None:
+        self._noise, self._n_before, self._n_whole = noise, n_before, n_whole
         self._near = probe.neighbors(_LOCAL_UM)
         weights = noise.time_root @ noise.time_root.T
         shape = np.mean(shapes / np.linalg.norm(shapes, axis=1, keepdims=True), axis=0)
@@ -65,7 +66,7 @@ class Discover:
         Parameters
         ----------
         residual : ndarray, shape (n_channels, n_columns), float32
-            With at least a template's length on either side of what is looked at.
+            With at least a snippet's length on either side of what is looked at.
         first, stop : int
         busy : ndarray, shape (n_channels, n_columns), bool
             Where a spike was just subtracted: what it leaves is no candidate.
@@ -80,7 +81,7 @@ class Discover:
             near = self._near[channel][self._near[channel] >= 0]
             if best[channel, column] >= highest[near, column].max():
                 self._channel.append(np.array([channel]))
-                self._snippets.append(residual[:, column - self._n_before : column - self._n_before + n_samples].T.copy())
+                self._snippets.append(residual[:, column - self._n_before :][:, : self._n_whole].T.copy())
 
     def groups(self, n_least: int, config: ClusterConfig, seed: int) -> list[Group]:
         """Group the candidates collected since the last call, at least `n_least` to a group."""
@@ -96,9 +97,8 @@ class Discover:
             if len(mine) < n_least:
                 continue
             near = self._near[c][self._near[c] >= 0]
-            white = np.einsum(
-                "ntk,tb,kj->nbj", snippets[mine][:, :, near], self._basis, self._noise.space_root(near), optimize=True
-            )
+            usual = snippets[mine][:, : len(self._basis), near]
+            white = np.einsum("ntk,tb,kj->nbj", usual, self._basis, self._noise.space_root(near), optimize=True)
             label = split_by_valleys(white.reshape(len(mine), -1).astype(np.float32), config, rng)
             for k in range(int(label.max()) + 1):
                 members = mine[label == k]

@@ -155,9 +155,9 @@ class Learner:
         """End a learning period: units follow, fall silent, appear."""
         self.follow_tissue()
         matches, snippets = assign.match.settled()
-        assign.bank.learn(matches, snippets, self._config.cluster.period_s)
-        if self.motion.stepped:
-            self._step(assign, boundary)
+        self._move(assign, boundary)
+        if not self.motion.stepped:  # else they are of templates that are no more
+            assign.bank.learn(matches, snippets, self._config.cluster.period_s)
         if self.taught:
             self._teach(prototypes)
         if self._published:
@@ -192,18 +192,17 @@ class Learner:
         use = agreed | strange
         prototypes.learn(assignment.take(use), peaks[use], snippets[use])
 
-    def _step(self, assign: Assign, boundary: int) -> None:
-        """Move all templates with the tissue, at once; they then learn fast."""
-        bank = assign.bank
-        depths = np.array([self.registry.units[name].y_um if name >= 0 else 0.0 for name in assign.unit_ids])
-        change = np.interp(depths, self.motion.depth_um, self.motion.change_um)
-        bank.move(change, self._near, self._probe.channel_locations)
-        self.registry.record(
-            "drift_step",
-            boundary,
-            None,
-            f"tissue moved by {float(self.motion.change_um[np.abs(self.motion.change_um).argmax()]):.0f} um",
-        )
+    def _move(self, assign: Assign, boundary: int) -> None:
+        """Move all templates with the tissue; after a step at once, and they then learn fast."""
+        bank, motion = assign.bank, self.motion
+        depths = np.array([self.registry.units[name].y_um if name in self.registry.units else 0.0 for name in assign.unit_ids])
+        change = np.interp(depths, motion.depth_um, motion.change_um)
+        if not motion.stepped:
+            bank.move(change, self._near, self._probe.channel_locations)
+            return
+        bank.jump(change, self._near, self._probe.channel_locations)
+        farthest = float(motion.change_um[np.abs(motion.change_um).argmax()])
+        self.registry.record("drift_step", boundary, None, f"tissue moved by {farthest:.0f} um")
 
     def _owner(self, assign: Assign, likeness: NDArray[np.float64], boundary: int) -> tuple[int, bool]:
         """Return the unit that newcomers are, -1 for none, and whether it lost them: it is silent though it usually is not."""
@@ -258,7 +257,7 @@ class Learner:
 
     def _welcome(self, assign: Assign, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
         """Take in a group of peaks that nothing explained: noise, a unit that changed, or a new one."""
-        n_samples = assign.match.n_before + assign.match.n_after
+        n_samples = assign.match.n_whole
         mean = np.zeros((n_samples, self._probe.n_channels), np.float32)
         channels = self._snippets.neighbors[newcomer.channel]
         template = framed(newcomer.template[None], assign.match.n_before - self._snippets.n_before, n_samples)[0]

@@ -5,6 +5,9 @@ all other spikes taken off. State is a window of the residual, what is left of t
 units' scores along it. A sample is decided once `margin` samples after it are there; then the unit that explains most is subtracted
 and its surroundings are looked at again (greedy matching pursuit, as in Yger et al. 2018 and Pachitariu et al. 2024, here sample by
 sample and with a bounded look back, so that any chunking gives the same spikes).
+
+A spike is subtracted for longer than it is matched, also from samples that are yet to come. The residual is therefore kept in steps
+of 1/1024: sums of such numbers are exact, and it makes no difference what comes first.
 """
 
 from typing import NamedTuple
@@ -14,7 +17,7 @@ from numpy.typing import NDArray
 
 from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
-from streamsort.kernels.match import clean_snippets, peel, score_units
+from streamsort.kernels.match import STEPS, clean_snippets, peel, score_units
 from streamsort.probe import Probe
 from streamsort.records import join_records
 from streamsort.templates import TemplateMaker, Templates
@@ -33,18 +36,20 @@ MATCH_DTYPE = np.dtype(
     ]
 )
 
-_N_RECENT = 128  # spikes on the whole probe within a template's length: 3 per ms on 384 channels
+_N_RECENT = 256  # spikes on the whole probe within the length of what is subtracted
 _FREE_COLUMNS = 8192  # between two moves of the window
 _LONG_AGO = -(1 << 20)
+_MOST = 4096.0  # noise units; only artifacts are larger
 
 
 class Window(NamedTuple):
     """Scratch and state of the kernels; columns are samples."""
 
-    residual: Floats  # (n_channels, n_columns)
+    residual: Floats  # (n_channels, n_columns); of samples yet to come, what is subtracted already
     scores: Floats  # (n_units, n_columns)
     scratch: Floats  # (n_columns,)
     last: NDArray[np.int32]  # (n_units,) column of each unit's last spike
+    deferred: NDArray[np.bool_]  # (n_columns,) to be looked at again
     recent: NDArray[np.int32]  # (n, 3) unit, column, shift of the latest spikes
     recent_amplitude: Floats
     found: NDArray[np.int32]  # (n, 4) unit, column, shift, collision
@@ -61,6 +66,8 @@ class Spans(NamedTuple):
     look_back: int
     refractory: int
     overlap: int
+    n_whole: int
+    patience: int
     rounds: int
     tightness: np.float32
     tolerance: np.float32
@@ -79,24 +86,29 @@ class Match:
     Attributes
     ----------
     n_before, n_after : int
-        A template is samples [spike - n_before, spike + n_after).
+        A spike is matched on samples [spike - n_before, spike + n_after).
+    n_whole : int
+        And subtracted from so many, beginning with the same.
     margin : int
         Samples of look-ahead.
+    through_sample : int
+        All spikes before it have come out.
     """
 
     def __init__(self, config: MatchConfig, n_channels: int, sampling_frequency: float) -> None:
         self.n_before, self.n_after, spans = sizes(config, sampling_frequency)
-        self._spans = spans
+        self._spans, self.n_whole = spans, spans.n_whole
         self.margin = self.n_after + spans.sweep
         n_samples = self.n_before + self.n_after
         # A spike found late lies look_back behind, is rescored over a template's length, and its snippet must still be there.
-        self._history = 4 * n_samples + 2 * (spans.look_back + spans.sweep)
-        n_columns = self._history + _FREE_COLUMNS
+        self._history = 3 * self.n_whole + 2 * (n_samples + spans.look_back + spans.sweep)
+        n_columns = self._history + _FREE_COLUMNS + self.n_whole
         self._window = Window(
             residual=np.zeros((n_channels, n_columns), np.float32),
             scores=np.zeros((0, n_columns), np.float32),
             scratch=np.zeros(n_columns, np.float32),
             last=np.zeros(0, np.int32),
+            deferred=np.zeros(n_columns, np.bool_),
             recent=np.full((_N_RECENT, 3), -1, np.int32),
             recent_amplitude=np.zeros(_N_RECENT, np.float32),
             found=np.zeros((n_columns, 4), np.int32),
@@ -107,19 +119,15 @@ class Match:
         self.restart(0)
 
     @property
-    def through_sample(self) -> int:
-        """All spikes before it have come out."""
-        return self._origin + self._decided - self._spans.look_back
-
-    @property
     def next_sample(self) -> int:
         """The one expected next."""
         return self._origin + self._stop
 
     def restart(self, start_sample: int) -> None:
         """Forget the traces, as after a gap; the next sample is `start_sample`, and silence is taken to lie before it."""
-        self._window.residual[:, : self._history] = 0
+        self._window.residual[:] = 0
         self._window.last[:] = _LONG_AGO
+        self._window.deferred[:] = False
         self._window.recent[:, 0] = -1
         self._stop = self._history
         self._origin = start_sample - self._history
@@ -128,6 +136,7 @@ class Match:
         self._window.scores[:, : self._history] = 0
         self._unsettled = np.zeros(0, MATCH_DTYPE)
         self._settled: list[tuple[NDArray[np.void], Floats]] = []
+        self._note_through()
 
     def use(self, templates: Templates, threshold: Floats) -> None:
         """Match with these templates from the next sample to decide on.
@@ -146,18 +155,18 @@ class Match:
             scores = np.zeros((templates.n_units, self._window.scores.shape[1]), np.float32)
             last = np.concatenate([self._window.last, np.full(n_new, _LONG_AGO, np.int32)])
             self._window = self._window._replace(scores=scores, last=last)
-        first = self._decided - 2 * self._spans.look_back - 2
+        first = self._decided - self._spans.patience - self._spans.sweep - 1
         score_units(self._window, templates, first, self._computed, self.n_before)
 
     def warmup(self, config: MatchConfig) -> None:
         """Compile the kernels on scratch data."""
         n_samples, n_channels = self.n_before + self.n_after, len(self._window.residual)
-        means = np.zeros((1, n_samples, n_channels), np.float32)
+        means = np.zeros((1, self.n_whole, n_channels), np.float32)
         means[0, self.n_before, 0] = 10
         noise = NoiseModel(np.eye(n_channels), np.eye(n_samples))
         self.use(TemplateMaker(config, Probe.linear(n_channels), noise, self.n_before)(means), np.full(1, 20, np.float32))
-        traces = np.zeros((8 * n_samples, n_channels), np.float32)
-        traces[3 * n_samples, 0] = 10
+        traces = np.zeros((6 * self.n_whole, n_channels), np.float32)
+        traces[2 * self.n_whole, 0] = 10
         self(traces)
 
     def __call__(self, traces: Floats) -> NDArray[np.void]:
@@ -184,6 +193,7 @@ class Match:
         stop = computed - self._spans.sweep - 1
         n = peel(self._window, self.templates, self._threshold, self._decided, stop, computed, self._spans)
         self._decided = stop
+        self._note_through()
         matches = np.zeros(n, MATCH_DTYPE)
         found = self._window.found[:n]
         matches["row"], matches["shift"], matches["collision"] = found[:, 0], found[:, 2], found[:, 3]
@@ -202,41 +212,49 @@ class Match:
         Returns
         -------
         matches : ndarray, shape (n_spikes,), MATCH_DTYPE
-        snippets : ndarray, shape (n_spikes, n_samples, n_channels), float32
+        snippets : ndarray, shape (n_spikes, n_whole, n_channels), float32
             The residual plus the spike itself, as if it had come at a whole sample and alone.
         """
-        n_channels, n_samples = len(self._window.residual), self.n_before + self.n_after
+        n_channels = len(self._window.residual)
         matches = join_records([np.zeros(0, MATCH_DTYPE), *(part for part, _ in self._settled)])
-        snippets = np.concatenate([np.zeros((0, n_samples, n_channels), np.float32), *(part for _, part in self._settled)])
+        snippets = np.concatenate([np.zeros((0, self.n_whole, n_channels), np.float32), *(part for _, part in self._settled)])
         self._settled.clear()
         return matches, snippets
 
     def _settle(self) -> None:
         """Cut the snippets of spikes that nothing found from now on can overlap."""
-        n_samples = self.n_before + self.n_after
-        done = self._unsettled["sample_index"] + n_samples < self.through_sample
+        done = self._unsettled["sample_index"] + self.n_whole < self.through_sample
         if not done.any():
             return
         matches, self._unsettled = self._unsettled[done], self._unsettled[~done]
-        snippets = np.empty((len(matches), n_samples, len(self._window.residual)), np.float32)
+        snippets = np.empty((len(matches), self.n_whole, len(self._window.residual)), np.float32)
         first = matches["sample_index"] - self._origin - self.n_before
         # Contiguous: a field's view of several records is another type to numba than that of one, and would be compiled for live.
         row, amplitude = (np.ascontiguousarray(matches[name]) for name in ("row", "amplitude"))
         clean_snippets(self._window.residual, self.templates, first, row, amplitude, snippets)
         self._settled.append((matches, snippets))
 
+    def _note_through(self) -> None:
+        """Note up to where all is decided: no column before is looked back at, or deferred."""
+        through = self._decided - self._spans.look_back
+        deferred = self._window.deferred[self._decided - self._spans.patience : through]
+        if deferred.any():
+            through = self._decided - self._spans.patience + int(deferred.argmax())
+        self.through_sample = self._origin + through
+
     def _append(self, traces: Floats) -> None:
         window, n = self._window, len(traces)
-        if self._stop + n > window.residual.shape[1]:
-            kept = slice(self._stop - self._history, self._stop)
-            window.residual[:, : self._history] = window.residual[:, kept].copy()
-            window.scores[:, : self._history] = window.scores[:, kept].copy()
+        if self._stop + n + self.n_whole > window.residual.shape[1]:
             by = self._stop - self._history
+            for array in (window.residual, window.scores, window.deferred):
+                array[..., : self._history + self.n_whole] = array[..., by : self._stop + self.n_whole].copy()
+            window.residual[:, self._history + self.n_whole :] = 0
+            window.deferred[self._history + self.n_whole :] = False
             window.last[:] = np.maximum(window.last - by, _LONG_AGO)
             window.recent[:, 1] = np.maximum(window.recent[:, 1] - by, _LONG_AGO)
             self._stop, self._decided, self._computed = self._stop - by, self._decided - by, self._computed - by
             self._origin += by
-        window.residual[:, self._stop : self._stop + n] = traces.T
+        window.residual[:, self._stop : self._stop + n] += np.rint(np.clip(traces.T, -_MOST, _MOST) * STEPS) / STEPS
         self._stop += n
 
     def residual(self, start_sample: int, stop_sample: int) -> Floats:
@@ -257,6 +275,8 @@ def sizes(config: MatchConfig, sampling_frequency: float) -> tuple[int, int, Spa
         look_back=max(samples(0.5), 2 * sweep),  # a spike hidden by a larger one comes out when that one is found
         refractory=samples(config.refractory_ms),
         overlap=samples(0.5),
+        n_whole=n_before + max(samples(config.ms_tail), n_after + 1),
+        patience=n_before + n_after,
         rounds=config.rounds,
         tightness=np.float32(config.amplitude_spread**-2),
         tolerance=np.float32(config.tolerance),

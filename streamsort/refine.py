@@ -29,8 +29,10 @@ Ints = NDArray[np.int64]
 
 _ROUNDS, _ROUNDS_DISCOVERING, _ROUNDS_SPLITTING = 7, 4, 5
 _LEAST_ENERGY = 14.0  # nearer to the noise a unit's spikes are mostly noise
-# A unit with more of its spikes this near a larger neighbour's, beyond chance, is its leftovers; a strong one if nearly all are.
-_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 2.5, 0.35, 0.75, 100.0
+# A unit with more of its spikes this near those of larger units, beyond chance, is their leftovers; a strong one if nearly all are.
+# Units far away leave something too: the common reference carries it to all channels.
+_ECHO_MS, _FAR_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 2.5, 1.0, 0.35, 0.75, 100.0
+_BEYOND_CHANCE = 4.0  # standard deviations
 _LEAST_EXCESS = 3.5  # of the mean gain over the threshold; noise has 2.3
 _SAME = 16.0, 0.98  # squared distance, or cosine, at which two templates are one unit
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
@@ -61,8 +63,8 @@ class _Pass:
         self.likeness = now
 
     def mean(self, row: int, members: NDArray[np.bool_] | slice) -> Floats:
-        """Return the mean of some of a unit's snippets on all channels, (n_samples, n_channels)."""
-        mean: Floats = np.zeros_like(self.bank.means[row])
+        """Return the mean of some of a unit's snippets near it, and of all its spikes far away, (n_whole, n_channels)."""
+        mean: Floats = self.bank.means[row].copy()
         mean[:, self.channels[row]] = np.array(self.snippets[row])[members].mean(axis=0)
         return mean
 
@@ -138,17 +140,17 @@ class Refine:
     ) -> None:
         self._config, self._probe, self._noise, self._stretches, self._rate = config, probe, noise, stretches, sampling_frequency
         match = Match(config.match, probe.n_channels, sampling_frequency)
-        self._n_before, self._n_after = match.n_before, match.n_after
+        self._n_before, self._n_samples, self._n_whole = match.n_before, match.n_before + match.n_after, match.n_whole
         self._maker = TemplateMaker(config.match, probe, noise, match.n_before)
-        self._discover = Discover(probe, noise, shapes, match.n_before)
+        self._discover = Discover(probe, noise, shapes, match.n_before, match.n_whole)
         self._seconds = sum(len(traces) for _, traces in stretches) / sampling_frequency
         self._near = probe.neighbors(config.match.radius_um)
         self._latest = np.zeros(0, MATCH_DTYPE)
-        self._echo_samples = round(_ECHO_MS * sampling_frequency / 1000)
+        self._echo_samples, self._far_echo_samples = (round(ms * sampling_frequency / 1000) for ms in (_ECHO_MS, _FAR_ECHO_MS))
 
     def __call__(self, seeds: Seeds) -> tuple[Bank, NDArray[np.void]]:
         """Return the units' bank as it is at the end, and all their spikes."""
-        means = np.zeros((0, self._n_before + self._n_after, self._probe.n_channels), np.float32)
+        means = np.zeros((0, self._n_whole, self._probe.n_channels), np.float32)
         rates, n_spikes = np.zeros(0), np.zeros(0, np.int64)
         for k in range(_ROUNDS):
             done = self._pass(means, rates, n_spikes, discovering=k < _ROUNDS_DISCOVERING, seeds=seeds if k == 0 else None)
@@ -179,7 +181,7 @@ class Refine:
         means += [group.mean for group in groups]
         n_spikes += [group.n_spikes for group in groups]
         rates += [group.n_spikes / self._seconds for group in groups]
-        shape = self._n_before + self._n_after, self._probe.n_channels
+        shape = self._n_whole, self._probe.n_channels
         return np.array(means, np.float32).reshape(-1, *shape), np.array(rates), np.array(n_spikes, np.int64)
 
     def _pass(self, means: Floats, rates: NDArray[np.float64], n_spikes: Ints, discovering: bool, seeds: Seeds | None) -> _Pass:
@@ -193,7 +195,7 @@ class Refine:
         for start_sample, traces in self._stretches:
             if start_sample != match.next_sample:
                 match.restart(start_sample)
-                looked = start_sample + 2 * (self._n_before + self._n_after)
+                looked = start_sample + 2 * self._n_whole
             match.use(bank.templates, bank.threshold)
             found.append(match(traces))
             matches, snippets = match.settled()
@@ -227,7 +229,7 @@ class Refine:
         self, match: Match, matches: NDArray[np.void], templates: Templates, looked: int, discovering: bool, seeds: Seeds | None
     ) -> int:
         """Look at what has settled of the residual since sample `looked`; return up to where."""
-        n_samples = self._n_before + self._n_after
+        n_samples = self._n_whole
         stop = match.through_sample - 2 * n_samples
         if stop <= looked:
             return looked
@@ -251,14 +253,14 @@ class Refine:
         n_units = templates.n_units
         counts = np.bincount(done.matches["row"], minlength=n_units)
         order = np.argsort(done.matches["row"], kind="stable")
-        trains = np.split(done.matches["sample_index"][order], np.cumsum(counts)[:-1])
+        trains = [np.sort(train) for train in np.split(done.matches["sample_index"][order], np.cumsum(counts)[:-1])]
         excess = np.bincount(done.matches["row"], done.matches["gain"], n_units) / np.maximum(counts, 1) - threshold
         good = (counts >= self._config.cluster.min_spikes) & (templates.energy >= _LEAST_ENERGY) & (excess >= _LEAST_EXCESS)
         kept: list[int] = []
         for row in np.argsort(-templates.energy, kind="stable").tolist():
-            larger = [other for other in kept if other in templates.rivals[row]]
-            energy = float(templates.energy[row])
-            if good[row] and len(done.snippets[row]) > 1 and not any(self._echoes(trains[row], trains[o], energy) for o in larger):
+            larger = [(trains[o], self._echo_samples if o in templates.rivals[row] else self._far_echo_samples) for o in kept]
+            most = _MOST_ECHOES if templates.energy[row] < _STRONG else _ALL_ECHOES
+            if good[row] and len(done.snippets[row]) > 1 and self._echoes(trains[row], larger) <= most:
                 kept.append(row)
         return self._distinct(done, kept, trains), counts
 
@@ -288,14 +290,17 @@ class Refine:
         x, y = np.histogram(a, edges)[0], np.histogram(b, edges)[0]
         return float(np.minimum(x / max(x.mean(), 1e-9), y / max(y.mean(), 1e-9)).mean())
 
-    def _echoes(self, train: Ints, larger: Ints, energy: float) -> bool:
-        """Tell whether a row is what another unit leaves: most of its spikes come with that unit's, or many and it is weak."""
-        train, larger = np.sort(train), np.sort(larger)
-        at = np.searchsorted(larger, train)
-        padded = np.concatenate([[-(1 << 40)], larger, [1 << 40]])
-        near = np.minimum(train - padded[at], padded[at + 1] - train) <= self._echo_samples
-        share = near.mean() - len(larger) * 2 * self._echo_samples / (self._seconds * self._rate)
-        return bool(share > (_MOST_ECHOES if energy < _STRONG else _ALL_ECHOES))
+    def _echoes(self, train: Ints, larger: list[tuple[Ints, int]]) -> float:
+        """Return which part of a train comes with larger units' spikes, each within so many samples, beyond chance."""
+        echo, no_chance = np.zeros(len(train), bool), 1.0
+        for other, reach in larger:
+            at = np.searchsorted(other, train)
+            padded = np.concatenate([[-(1 << 40)], other, [1 << 40]])
+            near = np.minimum(train - padded[at], padded[at + 1] - train) <= reach
+            chance = min(len(other) * 2 * reach / (self._seconds * self._rate), 1.0)
+            if near.mean() > chance + _BEYOND_CHANCE * np.sqrt(chance * (1 - chance) / len(train)):
+                echo, no_chance = echo | near, no_chance * (1 - chance)
+        return float(echo.mean() - (1 - no_chance))
 
     def _parts(self, done: _Pass, row: int) -> list[NDArray[np.bool_]]:
         """Return masks of the two units that one row's spikes are of, or of one."""
@@ -305,7 +310,7 @@ class Refine:
         channels = templates.channels[row][templates.channels[row] >= 0]
         columns = np.flatnonzero(np.isin(done.channels[row], channels))
         root = self._noise.space_root(done.channels[row][columns])
-        white = np.einsum("ntk,tj,kl->njl", snippets[:, :, columns], self._noise.time_root, root, optimize=True)
+        white = np.einsum("ntk,tj,kl->njl", snippets[:, : self._n_samples, columns], self._noise.time_root, root, optimize=True)
         white = white.reshape(len(white), -1)
         centred = white - white.mean(axis=0)
         values, vectors = np.linalg.eigh(centred @ centred.T)
@@ -371,13 +376,13 @@ def find_units(
     matches : ndarray, shape (n_spikes,), MATCH_DTYPE
         All spikes of the units.
     """
-    n_before, n_after, _ = sizes(config.match, sampling_frequency)
+    n_before, n_after, spans = sizes(config.match, sampling_frequency)
     step = max(len(warmup) // _NOISE_STRETCHES, 1)
     blocks = [np.ascontiguousarray(warmup[i][1].T) for i in range(0, len(warmup), step)]
     if not blocks or not len(clusters.unit):
         quiet = NoiseModel(np.eye(probe.n_channels), np.eye(n_before + n_after))
         maker = TemplateMaker(config.match, probe, quiet, n_before)
-        none = np.zeros((0, n_before + n_after, probe.n_channels), np.float32)
+        none = np.zeros((0, spans.n_whole, probe.n_channels), np.float32)
         return Bank(maker, none, np.zeros(0, np.int64), np.zeros(0), sampling_frequency), np.zeros(0, MATCH_DTYPE)
     noise = estimate_noise(blocks, n_before + n_after, round(_QUIET_MS * sampling_frequency / 1000))
     named = clusters.unit >= 0

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.fft import irfft, next_fast_len, rfft
 
 from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
@@ -20,6 +21,8 @@ Ints = NDArray[np.int32]
 
 # A large unit is subtracted wherever it shows, or what is left makes units of its own; a weak one's far channels are all noise.
 _ALWAYS, _VISIBLE = 12, 2.0  # channels, noise units peak to peak
+# Through the common reference also far away; but the mean of n snippets holds the n-th part of any other spike in them.
+_VISIBLE_FAR, _OTHERS, _MANY = 4.0, 200.0, 10_000  # noise units peak to peak, and over n
 N_SHIFTS = 17
 # In samples. More than half a sample to either side: a cut-off template's score is not quite largest where the template lies.
 SHIFTS = np.linspace(-1.0, 1.0, N_SHIFTS)
@@ -38,10 +41,12 @@ class Templates(NamedTuple):
         Factors of the filter.
     filters : ndarray, shape (n_units, n_samples, n_neighbors), float32
         The filter itself.
-    shifted : ndarray, shape (n_units, N_SHIFTS, n_samples, n_neighbors), float32
-        The template in noise units, delayed by `SHIFTS`.
+    shifted : ndarray, shape (n_units, N_SHIFTS, n_whole, n_neighbors), float32
+        The mean snippet, delayed by `SHIFTS`: what is subtracted. The filter lies on the first n_samples.
     energy : ndarray, shape (n_units,), float32
-        Of the whitened template.
+        Mean of a spike's score, and variance of noise's.
+    height : ndarray, shape (n_units,), float32
+        Largest deflection, noise units.
     response : ndarray, shape (n_units, N_SHIFTS, 3), float32
         Scores one sample before, at, and after each shifted template: what tells by how much a spike is shifted.
     rivals : ndarray, shape (n_units, n_rivals), int32
@@ -55,6 +60,7 @@ class Templates(NamedTuple):
     filters: Floats
     shifted: Floats
     energy: Floats
+    height: Floats
     response: Floats
     rivals: Ints
 
@@ -64,7 +70,7 @@ class Templates(NamedTuple):
 
     @property
     def centred(self) -> Floats:
-        """The templates without shift, (n_units, n_samples, n_neighbors)."""
+        """The mean snippets without shift, (n_units, n_whole, n_neighbors)."""
         return self.shifted[:, N_SHIFTS // 2]
 
 
@@ -85,14 +91,13 @@ class TemplateMaker:
         self.tightness = config.amplitude_spread**-2
         self.n_before = n_before
         self._near = probe.neighbors(config.radius_um)
-        self._time_unroot = np.linalg.inv(noise.time_root.T)
-        n_samples = len(noise.time_root)
-        self._taper = taper(n_samples)[:, None]
-        self._shifts = np.array([delay(n_samples, delta) for delta in SHIFTS])
+        self._n_samples = len(noise.time_root)
+        self._taper = taper(self._n_samples)[:, None]
 
-    def __call__(self, means: Floats) -> Templates:
-        """Make templates of mean snippets (n_units, n_samples, n_channels) in noise units."""
-        n_units, n_samples, n_channels = means.shape
+    def __call__(self, means: Floats, n_spikes: NDArray[np.int64] | None = None) -> Templates:
+        """Make templates of mean snippets (n_units, n_whole, n_channels) in noise units, of so many spikes each; None: of many."""
+        n_units, n_whole, n_channels = means.shape
+        n_samples = self._n_samples
         n_neighbors = min(self._config.n_channels, n_channels)
         templates = Templates(
             channels=np.full((n_units, n_neighbors), -1, np.int32),
@@ -100,40 +105,45 @@ class TemplateMaker:
             spatial=np.zeros((n_units, self._config.n_ranks, n_neighbors), np.float32),
             temporal=np.zeros((n_units, self._config.n_ranks, n_samples), np.float32),
             filters=np.zeros((n_units, n_samples, n_neighbors), np.float32),
-            shifted=np.zeros((n_units, N_SHIFTS, n_samples, n_neighbors), np.float32),
+            shifted=np.zeros((n_units, N_SHIFTS, n_whole, n_neighbors), np.float32),
             energy=np.zeros(n_units, np.float32),
+            height=np.zeros(n_units, np.float32),
             response=np.zeros((n_units, N_SHIFTS, 3), np.float32),
             rivals=np.zeros((n_units, 0), np.int32),
         )
         for unit in range(n_units):
-            self.put(templates, unit, means[unit])
+            self.put(templates, unit, means[unit], int(n_spikes[unit]) if n_spikes is not None else _MANY)
         return self.related(templates)
 
-    def put(self, templates: Templates, unit: int, mean: Floats) -> None:
+    def put(self, templates: Templates, unit: int, mean: Floats, n_spikes: int) -> None:
         """Write one unit's row in place."""
-        channels = self._choose(mean)
+        channels = self._choose(mean, n_spikes)
         n = len(channels)
         templates.channels[unit] = -1
         templates.channels[unit, :n] = channels
         templates.place[unit] = -1
         templates.place[unit, channels] = np.arange(n)
         time_root, root = self._noise.time_root, self._noise.space_root(channels)
-        left, size, right = np.linalg.svd(time_root.T @ (self._taper * mean[:, channels]) @ root, full_matrices=False)
+        whole, n_samples = mean[:, channels], self._n_samples
+        left, size, right = np.linalg.svd(time_root.T @ (self._taper * whole[:n_samples]) @ root, full_matrices=False)
         r = min(self._config.n_ranks, len(size))
-        left, size, right = left[:, :r] * size[:r], size[:r], right[:r]
-        temporal, spatial = time_root @ left, right @ root.T
+        temporal, spatial = time_root @ (left[:, :r] * size[:r]), right[:r] @ root.T
+        # Scaled so that its response to a spike and the variance of its response to noise are the same.
+        variance = max(float((size[:r] ** 2).sum()), 1e-9)
+        temporal *= (temporal @ spatial * whole[:n_samples]).sum() / variance
+        weights = temporal @ spatial
         for array in (templates.spatial, templates.temporal, templates.filters, templates.shifted):
             array[unit] = 0
         templates.temporal[unit, :r] = temporal.T
         templates.spatial[unit, :r, :n] = spatial
-        templates.filters[unit, :, :n] = temporal @ spatial
-        template = self._time_unroot @ left @ np.linalg.solve(root.T, right.T).T
-        templates.shifted[unit, :, :, :n] = self._shifts @ template
-        templates.energy[unit] = (size**2).sum()
+        templates.filters[unit, :, :n] = weights
+        templates.shifted[unit, :, :, :n] = delayed(whole, SHIFTS)
         filters, shifted = templates.filters[unit], templates.shifted[unit]
-        templates.response[unit, :, 0] = np.tensordot(shifted[:, :-1], filters[1:], 2)
-        templates.response[unit, :, 1] = np.tensordot(shifted, filters, 2)
-        templates.response[unit, :, 2] = np.tensordot(shifted[:, 1:], filters[:-1], 2)
+        templates.energy[unit] = (weights * whole[:n_samples]).sum()
+        templates.height[unit] = np.abs(whole[:n_samples]).max()
+        templates.response[unit, :, 0] = np.tensordot(shifted[:, : n_samples - 1], filters[1:], 2)
+        templates.response[unit, :, 1] = np.tensordot(shifted[:, :n_samples], filters, 2)
+        templates.response[unit, :, 2] = np.tensordot(shifted[:, 1 : n_samples + 1], filters, 2)
 
     def related(self, templates: Templates) -> Templates:
         """Return the templates with `rivals` as their channels say now."""
@@ -146,14 +156,17 @@ class TemplateMaker:
             rivals[unit, : len(others)] = others
         return templates._replace(rivals=rivals)
 
-    def _choose(self, mean: Floats) -> Ints:
-        """Return the channels near the largest on which the unit is largest."""
+    def _choose(self, mean: Floats, n_spikes: int) -> Ints:
+        """Return the channels on which the unit is largest."""
         size = np.ptp(mean, axis=0)
         near = self._near[int(size.argmax())]
         near = near[near >= 0]
         near = near[np.argsort(-size[near], kind="stable")]
-        visible = (np.arange(len(near)) < _ALWAYS) | (size[near] > _VISIBLE)
-        chosen: Ints = near[visible][: self._config.n_channels].astype(np.int32)
+        visible = size > _VISIBLE_FAR + _OTHERS / n_spikes
+        visible[near] = (np.arange(len(near)) < _ALWAYS) | (size[near] > _VISIBLE)
+        chosen: Ints = np.flatnonzero(visible)[np.argsort(-size[visible], kind="stable")][: self._config.n_channels].astype(
+            np.int32
+        )
         return chosen
 
 
@@ -164,11 +177,13 @@ def taper(n_samples: int) -> NDArray[np.float64]:
     return np.concatenate([slope, np.ones(n_samples - 2 * n), slope[::-1]])
 
 
-def delay(n_samples: int, delta: float) -> NDArray[np.float64]:
-    """Return the matrix that delays a waveform by `delta` samples, band-limited, with silence on either side."""
-    n = 2 * n_samples
-    ramp = np.exp(-2j * np.pi * np.fft.rfftfreq(n) * delta)
-    return np.asarray(np.fft.irfft(np.fft.rfft(np.eye(n_samples, n), axis=1) * ramp, n, axis=1)[:, :n_samples].T)
+def delayed(waveforms: Floats, by: NDArray[np.float64]) -> Floats:
+    """Delay waveforms (n_samples, n_channels), band-limited, by each of `by` samples; (n, n_samples, n_channels)."""
+    n_samples = len(waveforms)
+    n = next_fast_len(n_samples + 32, real=True)
+    ramps = np.exp(-2j * np.pi * np.fft.rfftfreq(n) * by[:, None]).astype(np.complex64)
+    late: Floats = irfft(rfft(waveforms, n, axis=0) * ramps[:, :, None], n, axis=1)[:, :n_samples]
+    return late
 
 
 def overlap(templates: Templates, a: int, b: int, max_lag: int = 8) -> tuple[float, int]:
@@ -178,8 +193,8 @@ def overlap(templates: Templates, a: int, b: int, max_lag: int = 8) -> tuple[flo
     if not len(columns):
         return 0.0, 0
     mine = templates.filters[a][:, columns]
-    theirs = templates.centred[b][:, templates.place[b][templates.channels[a][columns]]]
     n = len(mine)
+    theirs = templates.centred[b][:n, templates.place[b][templates.channels[a][columns]]]
     lags = range(-max_lag, max_lag + 1)
     products = [float((mine[max(-lag, 0) : n - max(lag, 0)] * theirs[max(lag, 0) : n - max(-lag, 0)]).sum()) for lag in lags]
     best = int(np.argmax(products))
@@ -194,7 +209,7 @@ def likeness(templates: Templates) -> NDArray[np.float64]:
     unit, column = np.nonzero(templates.channels >= 0)
     channel = templates.channels[unit, column]
     filters[unit, channel] = templates.filters[unit, :, column]
-    means[unit, channel] = templates.centred[unit, :, column]
+    means[unit, channel] = templates.centred[unit, :n_samples, column]
     products = np.tensordot(filters, means, ((1, 2), (1, 2))).astype(np.float64)
     root = np.sqrt(np.maximum(templates.energy.astype(np.float64), 1e-9))
     cosine: NDArray[np.float64] = np.maximum(products, products.T) / root / root[:, None]

@@ -12,13 +12,16 @@ Reals = NDArray[np.float64]
 
 
 class Limits(NamedTuple):
-    """Amplitudes a spike may have, and those beyond which it is another unit's."""
+    """Amplitudes a spike may have, and those beyond which it is another unit's; what is larger than a spike, and where."""
 
     least: float
     most: float
     too_small: float
     too_large: float
     ringing: float
+    core: int
+    larger_by: float
+    herald: float
 
 
 def filter_on_all(t: Any, unit: int, n_channels: int) -> Reals:
@@ -52,6 +55,12 @@ def peak_height(before: float, here: float, after: float) -> float:
     return float(here - slope * slope / (4 * square))
 
 
+def in_steps(values: NDArray[Any]) -> Reals:
+    """Round to what a residual can be: the nearest of the numbers k / 1024."""
+    rounded: Reals = np.rint(values * 1024) / 1024
+    return rounded
+
+
 class Peeler:
     """Greedy matching on a tiny recording, as the docstrings of `peel` and of those it calls define it."""
 
@@ -59,10 +68,11 @@ class Peeler:
         self.residual, self.t, self.threshold, self.spans, self.limits = residual.copy(), t, threshold, spans, limits
         n_channels, self.n_samples = len(residual), t.temporal.shape[2]
         self.filters = [filter_on_all(t, u, n_channels) for u in range(len(t.energy))]
-        self.last = [-(10**9)] * len(self.filters)
         self.subtracted: list[tuple[int, int, Reals, float]] = []  # unit, column, what was subtracted on all channels, amplitude
         self.found: list[tuple[int, int, int, int]] = []
         self.measured: list[tuple[float, float, float]] = []
+        self.waiting: set[int] = set()
+        self.waited: set[int] = set()
 
     def score(self, unit: int, column: int) -> float:
         return score_at(self.residual, self.filters[unit], column, int(self.spans.n_before))
@@ -70,10 +80,22 @@ class Peeler:
     def gain(self, unit: int, score: float) -> float:
         return best_amplitude(score, float(self.t.energy[unit]), float(self.spans.tightness), self.limits)[1]
 
-    def possible(self, unit: int, column: int) -> bool:
+    def times(self, unit: int) -> list[int]:
+        """When a unit fired, as far as is known."""
+        return [column for other, column, _, _ in self.subtracted if other == unit]
+
+    def usual(self, unit: int, column: int) -> bool:
         energy = float(self.t.energy[unit])
-        usual = self.limits.too_small * energy < self.score(unit, column) <= self.limits.too_large * energy
-        return usual and abs(column - self.last[unit]) >= int(self.spans.refractory)
+        return self.limits.too_small * energy < self.score(unit, column) <= self.limits.too_large * energy
+
+    def rests(self, column: int, times: list[int]) -> bool:
+        return any(abs(column - at) < self.spans.refractory for at in times)
+
+    def beats(self, unit: int, column: int, gain: float) -> bool:
+        """Tell whether a unit gains more here than `gain`; not while it is refractory after its last spike."""
+        if not self.usual(unit, column) or self.rests(column, sorted(self.times(unit))[-1:]):
+            return False
+        return self.gain(unit, self.score(unit, column)) > gain
 
     def rivals(self, unit: int) -> list[int]:
         """Units with a channel in common."""
@@ -85,72 +107,103 @@ class Peeler:
         total = 0.0
         for other, other_column, wave, amplitude in self.subtracted:
             lag = column - other_column
-            if -self.n_samples < lag < 2 * self.n_samples and np.any(wave[:, self.t.channels[unit, 0]]):
+            if not -self.n_samples < lag < len(wave):
+                continue
+            if np.any(wave[:, self.t.channels[unit, 0]]):
                 total += self.limits.ringing * float(self.t.energy[other]) * amplitude**2
-            if abs(lag) < self.n_samples:
-                shifted = np.zeros_like(wave)
-                for j in range(self.n_samples):
-                    if 0 <= j + lag < self.n_samples:
-                        shifted[j] = wave[j + lag]
-                total += abs(float((shifted * self.filters[unit]).sum())) * amplitude
+            silence = np.zeros((self.n_samples, wave.shape[1]))
+            seen = np.concatenate([silence, wave, silence])[self.n_samples + lag :][: self.n_samples]
+            total += abs(float((seen * self.filters[unit]).sum())) * amplitude
         return total
 
-    def candidate(self, first: int, last: int) -> tuple[int, int, float] | None:
+    def fit(self, unit: int, column: int) -> tuple[int, float, Reals]:
+        """Return the shift and amplitude of a spike there, and its waveform at amplitude 1, (n_whole, n_channels)."""
+        here, responses = self.score(unit, column), self.t.response[unit].astype(float)
+        misses = []
+        for response in responses:
+            scale = here / response[1]
+            misses.append(sum((self.score(unit, column + d) - scale * response[1 + d]) ** 2 for d in (-1, 1)))
+        shift, energy = int(np.argmin(misses)), float(self.t.energy[unit])
+        amplitude, _ = best_amplitude(here * energy / responses[shift, 1], energy, float(self.spans.tightness), self.limits)
+        wave = np.zeros((self.t.shifted.shape[2], len(self.residual)))
+        for k, channel in enumerate(self.t.channels[unit]):
+            if channel >= 0:
+                wave[:, channel] = self.t.shifted[unit, shift, :, k]
+        return shift, amplitude, wave
+
+    def left(self, unit: int, column: int, now: int) -> Reals:
+        """Return the largest of what a spike would leave on each channel, from its first sample to the last known at `now`."""
+        _, amplitude, wave = self.fit(unit, column)
+        n_after = self.n_samples - self.spans.n_before
+        known = self.residual[:, column - self.spans.n_before : now + n_after + self.spans.sweep].T.copy()
+        n = min(len(known), len(wave))
+        known[:n] -= amplitude * wave[:n]
+        most: Reals = np.abs(known).max(axis=0)
+        return most
+
+    def is_part(self, unit: int, column: int, now: int) -> bool:
+        """Tell whether a spike would leave something larger than itself on its largest channels."""
+        channels = [c for c in self.t.channels[unit] if c >= 0][: self.limits.core]
+        height = self.fit(unit, column)[1] * self.height(unit)
+        return bool(self.left(unit, column, now)[channels].max() > height + self.limits.larger_by)
+
+    def height(self, unit: int) -> float:
+        """Return how far a unit's spike goes on its largest channel, while it is matched."""
+        return float(np.abs(self.t.shifted[unit, len(self.t.shifted[unit]) // 2, : self.n_samples, 0]).max())
+
+    def larger_to_come(self, unit: int, column: int, now: int) -> bool:
+        """Tell whether a spike would leave much of a rival of more energy on that one's largest channel."""
+        left = self.left(unit, column, now)
+        larger = [v for v in self.rivals(unit) if self.t.energy[v] > self.t.energy[unit]]
+        return any(left[self.t.channels[v, 0]] > self.limits.herald * self.height(v) for v in larger)
+
+    def candidate(self, first: int, now: int) -> tuple[int, int, float] | None:
         best: tuple[int, int, float] | None = None
         for unit in range(len(self.filters)):
-            for column in range(first, last + 1):
+            for column in range(first, now + 1):
+                if column < now - self.spans.look_back and column not in self.waiting:
+                    continue
                 before, here, after = (self.score(unit, c) for c in (column - 1, column, column + 1))
-                if not self.possible(unit, column) or before > here or after > here:
+                if not self.usual(unit, column) or before > here or after > here or self.rests(column, self.times(unit)):
                     continue
                 gain = self.gain(unit, peak_height(before, here, after))
                 certain = gain - self.spans.tolerance * self.leftovers(unit, column)
                 if certain <= self.threshold[unit] or (best is not None and certain <= best[2]):
                     continue
                 sweep = range(column - self.spans.sweep, column + self.spans.sweep + 1)
-                rivals = [(v, c) for v in self.rivals(unit) for c in sweep if (v, c) != (unit, column) and self.possible(v, c)]
-                if all(self.gain(v, self.score(v, c)) <= gain for v, c in rivals):
+                if any(self.beats(v, c, gain) for v in self.rivals(unit) for c in sweep if (v, c) != (unit, column)):
+                    continue
+                may_wait = now < column + self.spans.patience
+                if self.is_part(unit, column, now) or (may_wait and self.larger_to_come(unit, column, now)):
+                    self.waiting |= {column} if may_wait else set()
+                else:
                     best = unit, column, certain
         return best
 
     def second_best(self, unit: int, column: int) -> float:
         half = self.spans.sweep // 2
-        best = 0.0
-        for other in self.rivals(unit):
-            for c in range(column - half, column + half + 1):
-                score = self.score(other, c)
-                energy = float(self.t.energy[other])
-                if other != unit and self.limits.too_small * energy < score <= self.limits.too_large * energy:
-                    best = max(best, self.gain(other, score))
-        return best
+        near = range(column - half, column + half + 1)
+        others = [(v, c) for v in self.rivals(unit) if v != unit for c in near if self.usual(v, c)]
+        return max((self.gain(v, self.score(v, c)) for v, c in others), default=0.0)
 
     def take(self, unit: int, column: int, gain: float) -> None:
-        t, spans = self.t, self.spans
-        here = self.score(unit, column)
-        misses = []
-        for response in t.response[unit].astype(float):
-            scale = here / response[1]
-            misses.append(sum((self.score(unit, column + d) - scale * response[1 + d]) ** 2 for d in (-1, 1)))
-        shift = int(np.argmin(misses))
-        whole = here * float(t.energy[unit]) / float(t.response[unit, shift, 1])
-        amplitude, _ = best_amplitude(whole, float(t.energy[unit]), float(spans.tightness), self.limits)
-        wave = np.zeros((self.n_samples, len(self.residual)))
-        for k, channel in enumerate(t.channels[unit]):
-            if channel >= 0:
-                wave[:, channel] = t.shifted[unit, shift, :, k]
-        near = [v for v, c, _, _ in self.subtracted if abs(c - column) < spans.overlap]
+        shift, amplitude, wave = self.fit(unit, column)
+        near = [v for v, c, _, _ in self.subtracted if abs(c - column) < self.spans.overlap]
         collision = int(any(v in self.rivals(unit) for v in near))
         self.measured.append((amplitude, gain, self.second_best(unit, column)))
         self.found.append((unit, column, shift, collision))
-        self.residual[:, column - spans.n_before :][:, : self.n_samples] -= amplitude * wave.T
+        self.residual[:, column - self.spans.n_before :][:, : len(wave)] -= in_steps(amplitude * wave.T)
         self.subtracted.append((unit, column, wave, amplitude))
-        self.last[unit] = column
 
     def __call__(self, first: int, stop: int) -> None:
-        for column in range(first, stop):
-            look_from = column
+        for now in range(first, stop):
+            longest = now - self.spans.patience
+            look_from = longest if longest in self.waiting else now
             for _ in range(self.spans.rounds):
-                found = self.candidate(look_from, column)
+                found = self.candidate(look_from, now)
                 if found is None:
                     break
                 self.take(*found)
-                look_from = column - self.spans.look_back
+                look_from = longest
+            self.waited |= self.waiting
+            self.waiting.discard(longest)

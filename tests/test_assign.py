@@ -118,7 +118,7 @@ def test_a_peak_of_chance_is_unsorted_but_not_strange() -> None:
 
 def test_a_spike_hidden_behind_another_units_is_strange() -> None:
     """The stranger is on the same channels; what remains of it when the known spike is subtracted is a peak of its own."""
-    stranger = Cell(14.0, 60.0, 12.0, width=1.3)
+    stranger = Cell(6.0, 60.0, 12.0, width=1.3)
     traces = with_events(quiet(), Event(0, 300))
     add_spikes(traces, [stranger], PROBE, [Event(0, 304)])
     found = run(assigner(), traces, peaks_at((300, 2), (304, 3)), [100])

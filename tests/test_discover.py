@@ -2,7 +2,7 @@
 
 import numpy as np
 from numpy.typing import NDArray
-from scenes import N_BEFORE, N_SAMPLES, RATE, Cell, Event, add_spikes, coloured, waveform, white
+from scenes import N_BEFORE, N_SAMPLES, N_WHOLE, RATE, Cell, Event, add_spikes, coloured, waveform, white
 
 from streamsort.config import ClusterConfig
 from streamsort.covariance import NoiseModel
@@ -12,7 +12,7 @@ from streamsort.probe import Probe
 Floats = NDArray[np.float32]
 
 PROBE = Probe.linear(6, 20.0)
-SHAPES = np.stack([waveform(width=width) for width in (1.8, 2.2, 2.8)]).astype(np.float32)
+SHAPES = np.stack([waveform(width=width)[:N_SAMPLES] for width in (1.8, 2.2, 2.8)]).astype(np.float32)
 WEAK, OTHER = Cell(3.4, 20.0, 22.0, width=2.4), Cell(3.6, 80.0, 22.0, width=2.0)
 LENGTH = 300_000  # 10 s
 TIMES = np.random.default_rng(3).permutation(np.arange(200, LENGTH - 200, 700))
@@ -27,12 +27,12 @@ def residual(cells: list[Cell], n_spikes: int, seed: int = 0) -> Floats:
 
 def discovered(traces: Floats, busy: NDArray[np.bool_] | None = None, noise: NoiseModel | None = None) -> list[Group]:
     """Look at the traces in pieces, as calibration does, and group what was found."""
-    discover = Discover(PROBE, noise or white(6), SHAPES, N_BEFORE)
+    discover = Discover(PROBE, noise or white(6), SHAPES, N_BEFORE, N_WHOLE)
     busy = np.zeros(traces.shape, bool) if busy is None else busy
-    for start in range(N_SAMPLES, LENGTH - N_SAMPLES, 7500):
-        stop = min(start + 7500, LENGTH - N_SAMPLES)
-        around = slice(start - N_SAMPLES, stop + N_SAMPLES)
-        discover.look(traces[:, around], N_SAMPLES, N_SAMPLES + stop - start, busy[:, around])
+    for start in range(N_WHOLE, LENGTH - N_WHOLE, 7500):
+        stop = min(start + 7500, LENGTH - N_WHOLE)
+        around = slice(start - N_WHOLE, stop + N_WHOLE)
+        discover.look(traces[:, around], N_WHOLE, N_WHOLE + stop - start, busy[:, around])
     return discover.groups(20, ClusterConfig(), 0)
 
 
@@ -46,7 +46,7 @@ def test_a_unit_below_the_threshold_of_every_channel_is_found() -> None:
     groups = discovered(residual([WEAK], 150))
     assert len(groups) == 1
     assert 110 <= groups[0].n_spikes <= 200
-    assert groups[0].mean.shape == (N_SAMPLES, 6) and cosine(groups[0], WEAK) > 0.95
+    assert groups[0].mean.shape == (N_WHOLE, 6) and cosine(groups[0], WEAK) > 0.95
     assert abs(int(groups[0].mean.sum(axis=1).argmin()) - N_BEFORE) <= 1
 
 
@@ -82,25 +82,34 @@ def test_a_candidate_counts_once_and_only_within_what_is_looked_at() -> None:
     add_spikes(traces.T, [Cell(9.0, 40.0, 20.0)], PROBE, [Event(0, 300)])
     config, idle = ClusterConfig(min_spikes=2), np.zeros((6, 600), bool)
     for looks, found in (([(100, 301)], 1), ([(100, 300), (301, 500)], 0), ([(100, 300), (300, 500)], 1)):
-        discover = Discover(PROBE, white(6), SHAPES, N_BEFORE)
+        discover = Discover(PROBE, white(6), SHAPES, N_BEFORE, N_WHOLE)
         for first, stop in looks:
             discover.look(traces, first, stop, idle)
         groups = discover.groups(1, config, 0)
         assert [group.n_spikes for group in groups] == [1] * found
         for group in groups:
-            np.testing.assert_array_equal(group.mean, traces[:, 300 - N_BEFORE : 300 - N_BEFORE + N_SAMPLES].T)
+            np.testing.assert_array_equal(group.mean, traces[:, 300 - N_BEFORE : 300 - N_BEFORE + N_WHOLE].T)
+
+
+def test_a_groups_mean_goes_on_to_the_end_of_the_tail() -> None:
+    """Candidates are found and compared by what a filter sees of them, and kept with what follows."""
+    weak = Cell(3.4, 20.0, 22.0, width=2.4, tail=0.3)
+    groups = discovered(residual([weak], 150))
+    assert len(groups) == 1
+    found, true = groups[0].mean[N_SAMPLES:], weak.at(PROBE)[N_SAMPLES:]
+    assert float((found * true).sum() / (true * true).sum()) > 0.7
 
 
 def test_candidates_are_forgotten_once_grouped() -> None:
-    discover = Discover(PROBE, white(6), SHAPES, N_BEFORE)
+    discover = Discover(PROBE, white(6), SHAPES, N_BEFORE, N_WHOLE)
     traces = residual([WEAK], 150)[:, :200_000]
-    discover.look(traces, N_SAMPLES, 200_000 - N_SAMPLES, np.zeros(traces.shape, bool))
+    discover.look(traces, N_WHOLE, 200_000 - N_WHOLE, np.zeros(traces.shape, bool))
     assert discover.groups(20, ClusterConfig(), 0) and not discover.groups(20, ClusterConfig(), 0)
 
 
 def test_noise_gives_few_candidates_a_second() -> None:
-    discover = Discover(PROBE, white(6), SHAPES, N_BEFORE)
+    discover = Discover(PROBE, white(6), SHAPES, N_BEFORE, N_WHOLE)
     traces = residual([], 0)
-    discover.look(traces, N_SAMPLES, LENGTH - N_SAMPLES, np.zeros(traces.shape, bool))
+    discover.look(traces, N_WHOLE, LENGTH - N_WHOLE, np.zeros(traces.shape, bool))
     n = sum(group.n_spikes for group in discover.groups(1, ClusterConfig(spikes_per_seed=1000), 0))
     assert 0 < n < 2 * LENGTH / RATE

@@ -1,10 +1,10 @@
-"""Templates move with the tissue: interpolated where a unit was never seen, remembered where it was."""
+"""Templates move with the tissue: interpolated between the contacts."""
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from streamsort.footprints import Footprints, move_templates
+from streamsort.footprints import move_templates
 from streamsort.neurons import draw_units, templates_at
 from streamsort.probe import Probe
 from streamsort.simulate import named_probe
@@ -71,15 +71,6 @@ def test_what_left_the_probe_is_gone(tissue: Tissue) -> None:
     assert np.abs(moved_by(tissue, tissue.at(0), 1000.0)).max() < 1e-3
 
 
-def test_other_channels_may_be_asked_for(tissue: Tissue) -> None:
-    target = tissue.channels[:, ::-1].copy()
-    target[:, 0] = -1
-    whole = moved_by(tissue, tissue.at(0), 7.0)
-    asked = move_templates(tissue.at(0), tissue.channels, tissue.probe.channel_locations, np.full(N_UNITS, 7.0), target)
-    np.testing.assert_allclose(asked[:, :, 1:], whole[:, :, ::-1][:, :, 1:], atol=1e-5)
-    assert not asked[:, :, 0].any()
-
-
 def test_missing_channels_have_no_say(tissue: Tissue) -> None:
     channels, mean = tissue.channels.copy(), tissue.at(0)
     channels[:, 12:], loud = -1, mean.copy()
@@ -89,72 +80,3 @@ def test_missing_channels_have_no_say(tissue: Tissue) -> None:
     cut = move_templates(mean[:, :, :12], channels[:, :12], tissue.probe.channel_locations, by_um)
     np.testing.assert_allclose(lacking[:, :, :12], cut, atol=1e-5)
     assert not lacking[:, :, 12:].any()
-
-
-def taught(tissue: Tissue, displacements_um: list[float], n_spikes: int = 40, noise: float = 1.0) -> Footprints:
-    """Show every unit at these displacements, the first one as its calibration."""
-    rng = np.random.default_rng(0)
-    first = tissue.at(displacements_um[0])
-    footprints = Footprints(tissue.probe.channel_locations, *first.shape[1:])
-    for mean, channels in zip(first, tissue.channels, strict=True):
-        footprints.add(channels, mean, n_spikes, displacements_um[0])
-    for at_um in displacements_um[1:]:
-        unit = np.repeat(np.arange(len(first)), n_spikes)
-        snippets = tissue.at(at_um)[unit]
-        noisy = (snippets + noise * rng.normal(size=snippets.shape)).astype(np.float32)
-        footprints.learn(unit, noisy, np.full(len(unit), at_um))
-    return footprints
-
-
-def test_a_new_unit_is_known_where_it_was_seen_and_moved_elsewhere(tissue: Tissue) -> None:
-    footprints, every = taught(tissue, [0.0]), np.arange(N_UNITS)
-    np.testing.assert_allclose(footprints.templates(every, np.full(N_UNITS, 12.0)), moved_by(tissue, tissue.at(0), 12.0), atol=1e-5)
-    assert residual(footprints.templates(every, np.zeros(N_UNITS)), tissue.at(0)) < 0.005
-
-
-def test_a_unit_that_returns_is_known_there(tissue: Tissue) -> None:
-    footprints, every = taught(tissue, [0.0, 18.0, -18.0]), np.arange(N_UNITS)
-    moved, found = moved_by(tissue, tissue.at(0), 18.0), footprints.templates(every, np.full(N_UNITS, 18.0))
-    assert residual(found, tissue.at(18.0)) < 0.5 * residual(moved, tissue.at(18.0))
-
-
-def test_places_seen_on_either_side_tell_of_those_between(tissue: Tissue) -> None:
-    footprints, every = taught(tissue, [0.0, 6.0, 14.0]), np.arange(N_UNITS)
-    moved, found = moved_by(tissue, tissue.at(0), 10.0), footprints.templates(every, np.full(N_UNITS, 10.0))
-    assert residual(found, tissue.at(10.0)) < 0.7 * residual(moved, tissue.at(10.0))
-
-
-def test_a_few_noisy_spikes_do_not_outweigh_many_from_nearby(tissue: Tissue) -> None:
-    footprints, every = taught(tissue, [0.0], n_spikes=100), np.arange(N_UNITS)
-    one = np.random.default_rng(0).normal(size=tissue.at(4.0).shape).astype(np.float32)
-    footprints.learn(every, tissue.at(4.0) + one, np.full(N_UNITS, 4.0))
-    assert residual(footprints.templates(every, np.full(N_UNITS, 4.0)), tissue.at(4.0)) < 0.05
-
-
-def test_only_the_units_asked_for_are_returned(tissue: Tissue) -> None:
-    footprints = taught(tissue, [0.0, 5.0])
-    all_of_them = footprints.templates(np.arange(N_UNITS), np.full(N_UNITS, 5.0))
-    np.testing.assert_allclose(footprints.templates(np.array([7, 2]), np.full(2, 5.0)), all_of_them[[7, 2]], atol=1e-5)
-
-
-def test_a_unit_that_changes_is_followed(tissue: Tissue) -> None:
-    """A running mean forgets: twice as large spikes take it over, however many there were before."""
-    footprints, every = taught(tissue, [0.0, *[0.0] * 10]), np.arange(N_UNITS)
-    for _ in range(300):
-        footprints.learn(every, 2 * tissue.at(0), np.zeros(N_UNITS))
-    assert residual(footprints.templates(every, np.zeros(N_UNITS)), 2 * tissue.at(0)) < 0.01
-
-
-def test_a_displacement_a_whole_round_away_takes_the_place_of_the_old_one() -> None:
-    locations, channels = Probe.linear(4, 20.0).channel_locations, np.arange(4, dtype=np.int32)
-    footprints = Footprints(locations, 2, 4)
-    footprints.add(channels, np.ones((2, 4), np.float32), 50, 0.0)
-    footprints.learn(np.array([0]), np.full((1, 2, 4), 9.0, np.float32), np.array([128.0]))
-    np.testing.assert_allclose(footprints.templates(np.array([0]), np.array([128.0])), 9.0, rtol=0.05)
-
-
-def test_tetrode_units_are_remembered_too() -> None:
-    tissue = Tissue("tetrode", 6)
-    footprints, every = taught(tissue, [0.0, 8.0, 15.0]), np.arange(6)
-    found, still = footprints.templates(every, np.full(6, 15.0)), tissue.at(0)
-    assert residual(found, tissue.at(15.0)) < 0.2 * residual(still, tissue.at(15.0))

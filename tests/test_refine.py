@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scenes import N_BEFORE, N_SAMPLES, RATE, Cell, Event, add_spikes, waveform, white
+from scenes import N_BEFORE, N_SAMPLES, N_WHOLE, RATE, Cell, Event, add_spikes, maker, mean_snippets, waveform, white
 
 from streamsort.bank import Bank
 from streamsort.calibrate import calibrate
 from streamsort.config import SorterConfig
+from streamsort.match import MATCH_DTYPE
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE, Chunk, StreamInfo
-from streamsort.refine import Refine, Seeds, find_units
+from streamsort.refine import Refine, Seeds, _Pass, find_units
 from streamsort.simulate import GAIN_UV, Recording, SimulationConfig, simulate_recording
 from streamsort.snippets import Snippets
 from streamsort.sorter import Sorter
@@ -25,7 +26,7 @@ Ints = NDArray[np.int64]
 CONFIG = SorterConfig.from_dict({"preprocess": {"noise_s": 1.0}, "encode": {"encoder": "light"}})
 PERIOD = 7500
 PROBE = Probe.linear(4, 20.0)
-SHAPES = np.stack([waveform(width=width) for width in (1.8, 2.2, 2.8)]).astype(np.float32)
+SHAPES = np.stack([waveform(width=width)[:N_SAMPLES] for width in (1.8, 2.2, 2.8)]).astype(np.float32)
 LARGE, BROAD, FAINT = Cell(14.0, 5.0, 20.0), Cell(10.0, 55.0, 20.0, width=4.0), Cell(3.5, 30.0, 40.0, width=2.8)
 ECHO = Cell(6.0, 55.0, 18.0, width=4.0)
 
@@ -133,6 +134,47 @@ def test_an_echo_is_no_unit() -> None:
     assert_exactly_these(*alone.refined(), alone.trains, 0.85)  # the same spikes at times of their own
 
 
+def kept(bank: Bank, trains: Sequence[Ints]) -> list[int]:
+    """Ask which of these rows are units of their own, firing when `trains` say."""
+    stretches = [(start, np.zeros((PERIOD, FAR.n_channels), np.float32)) for start in range(0, 80 * PERIOD, PERIOD)]
+    refine = Refine(CONFIG, FAR, white(FAR.n_channels), SHAPES, stretches, RATE)
+    matches = np.zeros(sum(len(train) for train in trains), MATCH_DTYPE)
+    matches["row"], matches["sample_index"] = np.repeat(np.arange(len(trains)), [len(t) for t in trains]), np.concatenate(trains)
+    matches["gain"] = 1e3
+    n, snippets = len(bank), [[np.zeros((N_WHOLE, 1), np.float32)] * 2]
+    channels, times = [np.zeros(1, np.int32)] * n, [train[:30].tolist() for train in trains]
+    return refine._judge(_Pass(bank, matches, channels, snippets * n, times, np.zeros((n, n))))[0]
+
+
+FAR = Probe.linear(60, 20.0)
+FAR_LARGE = [Cell(14.0, 20.0 + 300.0 * k) for k in range(3)]
+N_LENGTH = 80 * PERIOD
+
+
+@pytest.mark.parametrize(("lag", "height", "echo"), [(15, 4.0, True), (15, 14.0, False), (60, 4.0, False)])
+def test_what_several_far_units_leave_together_is_no_unit(lag: int, height: float, echo: bool) -> None:
+    """A third of its spikes comes with each; none alone would tell. A strong one, or one that comes later, is a unit."""
+    rng = np.random.default_rng(4)
+    trains = [np.sort(rng.integers(0, N_LENGTH, 200)) for _ in range(3)]
+    with_all = np.sort(np.concatenate([train[::5] + lag for train in trains] + [rng.integers(0, N_LENGTH, 60)]))
+    cells = [*FAR_LARGE, Cell(height, 1150.0, 12.0)]
+    bank = Bank(maker(FAR), mean_snippets(cells, FAR), np.full(4, 200), np.full(4, 10.0), RATE)
+    assert all(row not in bank.templates.rivals[3] for row in range(3))
+    assert kept(bank, [*trains, with_all]) == [0, 1, 2] + [3] * (not echo)
+
+
+def test_a_unit_that_fires_with_others_by_chance_alone_is_one() -> None:
+    """The others fire so often that many of its spikes come with some of theirs."""
+    rng = np.random.default_rng(5)
+    trains = [np.sort(rng.integers(0, N_LENGTH, 1500)) for _ in range(3)]
+    cells = [*FAR_LARGE, Cell(4.0, 1150.0, 12.0)]
+    bank = Bank(maker(FAR), mean_snippets(cells, FAR), np.full(4, 200), np.full(4, 10.0), RATE)
+    own = np.sort(rng.integers(0, N_LENGTH, 300))
+    near = np.abs(own[:, None] - np.concatenate(trains)).min(axis=1) <= RATE / 1000
+    assert near.mean() > 0.35
+    assert kept(bank, [*trains, own]) == [0, 1, 2, 3]
+
+
 def test_a_unit_that_moves_is_one() -> None:
     """It goes from one channel to the next, so that it makes two clusters, one after the other."""
     scene = Scene().add(lambda t: Cell(13.0, 10.0 + 1.2 * t, 18.0), lambda t: int(t > 8)).add(always(BROAD), always(2))
@@ -177,14 +219,14 @@ def taken(seeds: Seeds, explained: Sequence[int] = ()) -> list[Floats]:
     residual = (np.arange(1000.0) + np.arange(4)[:, None] / 10).astype(np.float32)
     known = np.zeros(residual.shape, bool)
     known[:, list(explained)] = True
-    seeds.take(residual, 5000, 5000 + 900, N_BEFORE, N_SAMPLES, known)
+    seeds.take(residual, 5000, 5000 + 800, N_BEFORE, N_WHOLE, known)
     return seeds.births(3)
 
 
 def test_a_seed_is_the_mean_of_its_unexplained_peaks() -> None:
     times = 5000 + np.array([100, 200, 300, 400, 500])
     born = taken(Seeds(times, np.zeros(5, np.int64), np.array([0, 0, 1, 0, -1])))
-    assert len(born) == 1 and born[0].shape == (N_SAMPLES, 4)
+    assert len(born) == 1 and born[0].shape == (N_WHOLE, 4)
     middle = np.mean([100, 200, 400])
     np.testing.assert_allclose(born[0][N_BEFORE], middle + np.arange(4) / 10, rtol=1e-5)
 

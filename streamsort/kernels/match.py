@@ -19,8 +19,15 @@ _LEAST, _MOST = np.float32(0.5), np.float32(1.6)  # amplitude of a spike over it
 # What fits a template but is twice its size, or not much over half of it, is another unit's, known or not.
 _TOO_SMALL, _TOO_LARGE = np.float32(0.55), np.float32(2)
 
+STEPS = np.float32(1024)  # of the residual, per noise unit
+
 # Of a spike's energy, what no template holds: the band-pass rings on for a template's length after it.
-_RINGING, _RINGS = np.float32(0.075), 2
+_RINGING = np.float32(0.075)
+
+# A spike that leaves something larger than itself, by more than noise is, on so many of its channels is a part of something else.
+# Without the margin two spikes at once, as large as one another, would each seem a part of the other, and both be lost.
+_CORE, _LARGER_BY = 4, np.float32(4)  # channels, noise units
+_HERALD = np.float32(0.6)  # of a rival's height, on that rival's largest channel: it seems to come
 
 
 @kernel
@@ -74,35 +81,44 @@ def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, comp
     """Decide the columns [first, stop) one after the other; return how many spikes were found.
 
     At each column the unit that gains most, above its threshold and above all rivals within `spans.sweep` columns, is subtracted,
-    and the last `spans.look_back` columns are looked at again, until nothing is found or `spans.rounds` are over. Scores are known
-    up to column `computed`. The spikes go to `window.found`, `window.amplitude`, `window.gain` and `window.runner_up`.
+    and the last `spans.look_back` columns are looked at again, until nothing is found or `spans.rounds` are over. Where something
+    larger seems to come, of which a spike may be a part, the decision is deferred until that is subtracted, or for
+    `spans.patience` columns. Scores are known up to column `computed`. The spikes go to `window.found`, `window.amplitude`,
+    `window.gain` and `window.runner_up`.
     """
     n_found = 0
     for s in range(first, stop):
-        look_from = s
+        late = s - spans.patience
+        look_from = late if window.deferred[late] else s
         for _ in range(spans.rounds):
             u, column, gain = best_spike(window, t, threshold, look_from, s, spans)
             if u < 0:
                 break
             window.runner_up[n_found] = runner_up(window, t, u, column, spans)
             accept(window, t, u, column, gain, n_found, spans)
-            low = max(column - t.temporal.shape[2] + 1, s - spans.look_back - spans.sweep - 1)
-            high = min(column + t.temporal.shape[2], computed)
+            low = max(column - t.temporal.shape[2] + 1, late - spans.sweep - 1)
+            high = min(column + t.shifted.shape[2], computed)
             for v in t.rivals[u]:
                 if v < 0:
                     break
                 score_unit(window, t, v, low, high, spans.n_before)
             n_found += 1
-            look_from = s - spans.look_back
+            look_from = late
+        window.deferred[late] = False
     return n_found
 
 
 @kernel
-def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, last: int, spans: Tuple) -> tuple[int, int, Any]:
-    """Find the unit and the column within [first, last] of largest gain that no rival beats; unit -1 if there is none."""
+def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, now: int, spans: Tuple) -> tuple[int, int, Any]:
+    """Find the unit and the column within [first, now] of largest gain that no rival beats; unit -1 if there is none.
+
+    Of columns more than `spans.look_back` ago, those count that are deferred.
+    """
     best, best_column, best_gain = -1, -1, _ZERO
     for u in range(len(t.energy)):
-        for c in range(first, last + 1):
+        for c in range(first, now + 1):
+            if c < now - spans.look_back and not window.deferred[c]:
+                continue
             y = window.scores[u, c]
             if y <= _TOO_SMALL * t.energy[u] or y > _TOO_LARGE * t.energy[u] or abs(c - window.last[u]) < spans.refractory:
                 continue
@@ -113,9 +129,64 @@ def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, last: int
             if gain <= threshold[u] or gain <= best_gain:
                 continue
             certain = gain - spans.tolerance * misfit(window, t, u, c)
-            if certain > threshold[u] and certain > best_gain and wins(window, t, u, c, gain, spans):
-                best, best_column, best_gain = u, c, certain
+            if (
+                certain <= threshold[u]
+                or certain <= best_gain
+                or tired(window, u, c, spans)
+                or not wins(window, t, u, c, gain, spans)
+            ):
+                continue
+            if premature(window, t, u, c, now, spans):
+                window.deferred[c] |= now - c < spans.patience
+                continue
+            best, best_column, best_gain = u, c, certain
     return best, best_column, best_gain
+
+
+@kernel
+def tired(window: Tuple, u: int, column: int, spans: Tuple) -> bool:
+    """Tell whether a unit fired within its refractory time of a column."""
+    fired = False
+    for i in range(len(window.recent)):
+        fired |= window.recent[i, 0] == u and abs(column - window.recent[i, 1]) < spans.refractory
+    return fired
+
+
+@kernel
+def premature(window: Tuple, t: Tuple, u: int, column: int, now: int, spans: Tuple) -> bool:
+    """Tell whether a spike seems to be a part of something larger, in what is known at column `now`.
+
+    It is if it leaves something larger than itself on its largest channels; or, while the decision can wait, if it leaves a good
+    part of a rival of more energy on that one's largest channel.
+    """
+    shift = shift_of(window.scores[u], column, t.response[u])
+    a = amplitude_of(window.scores[u, column] * t.energy[u] / t.response[u, shift, 1], t.energy[u], spans.tightness)
+    n = now + t.filters.shape[1] + spans.sweep - column
+    for k in range(min(_CORE, t.channels.shape[1])):
+        c = t.channels[u, k]
+        if c >= 0 and most_left(window, t, u, column, shift, a, c, n, spans) > a * t.height[u] + _LARGER_BY:
+            return True
+    if now - column >= spans.patience:
+        return False
+    for v in t.rivals[u]:
+        if v < 0:
+            break
+        coming = most_left(window, t, u, column, shift, a, t.channels[v, 0], n, spans) if t.energy[v] > t.energy[u] else _ZERO
+        if coming > _HERALD * t.height[v]:
+            return True
+    return False
+
+
+@kernel
+def most_left(window: Tuple, t: Tuple, u: int, column: int, shift: int, a: Any, channel: int, n: int, spans: Tuple) -> np.float32:
+    """Return the largest of `n` samples, from those of the spike on, that a spike would leave on a channel."""
+    most, first, k = _ZERO, column - spans.n_before, t.place[u, channel]
+    for j in range(n):
+        left = window.residual[channel, first + j]
+        if k >= 0 and j < t.shifted.shape[2]:
+            left -= a * t.shifted[u, shift, j, k]
+        most = max(most, abs(left))
+    return most
 
 
 @kernel
@@ -181,15 +252,13 @@ def runner_up(window: Tuple, t: Tuple, u: int, column: int, spans: Tuple) -> np.
 def misfit(window: Tuple, t: Tuple, u: int, column: int) -> np.float32:
     """Return what the spikes subtracted nearby had added to this score: no spike is quite its template, so a part of it is left."""
     total = _ZERO
-    n_samples = t.filters.shape[1]
+    n_samples, n_whole = t.filters.shape[1], t.shifted.shape[2]
     for i in range(len(window.recent)):
         other, lag = window.recent[i, 0], column - window.recent[i, 1]
-        if other < 0 or lag <= -n_samples or lag >= _RINGS * n_samples:
+        if other < 0 or lag <= -n_samples or lag >= n_whole:
             continue
         if t.place[other, t.channels[u, 0]] >= 0:
             total += _RINGING * t.energy[other] * window.recent_amplitude[i] * window.recent_amplitude[i]
-        if abs(lag) >= n_samples:
-            continue
         product = _ZERO
         for k in range(t.channels.shape[1]):
             c = t.channels[u, k]
@@ -198,7 +267,7 @@ def misfit(window: Tuple, t: Tuple, u: int, column: int) -> np.float32:
             m = t.place[other, c]
             if m < 0:
                 continue
-            for j in range(max(-lag, 0), min(n_samples - lag, n_samples)):
+            for j in range(max(-lag, 0), min(n_whole - lag, n_samples)):
                 product += t.filters[u, j, k] * t.shifted[other, window.recent[i, 2], j + lag, m]
         total += abs(product) * window.recent_amplitude[i]
     return total
@@ -227,7 +296,7 @@ def accept(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, row: 
         if c < 0:
             break
         for j in range(t.shifted.shape[2]):
-            window.residual[c, column - spans.n_before + j] -= a * t.shifted[u, shift, j, k]
+            window.residual[c, column - spans.n_before + j] -= np.rint(a * t.shifted[u, shift, j, k] * STEPS) / STEPS
     collision = 0
     for i in range(len(window.recent)):
         if window.recent[i, 0] >= 0 and abs(window.recent[i, 1] - column) < spans.overlap:
@@ -238,7 +307,7 @@ def accept(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, row: 
         window.recent_amplitude[i] = window.recent_amplitude[i - 1]
     window.recent[0, 0], window.recent[0, 1], window.recent[0, 2] = u, column, shift
     window.recent_amplitude[0] = a
-    window.last[u] = column
+    window.last[u] = max(window.last[u], column)
     window.found[row, 0], window.found[row, 1], window.found[row, 2], window.found[row, 3] = u, column, shift, collision
     window.amplitude[row], window.gain[row] = a, gain
 
