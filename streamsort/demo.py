@@ -39,8 +39,6 @@ from streamsort.stream import Stream
 
 LEAST_S = 10.0
 WARMUP_SHARE = 0.4
-SETTLE_S = 2.0  # after calibration is caught up with, a pause that is reported by itself, latency is counted
-_BEHIND_MS = 500.0  # spikes that arrive so late were waiting for calibration
 
 _READY_S = 60.0
 _END_S = 10.0
@@ -310,30 +308,32 @@ def _figures(run: Run, simulation: SimulationConfig) -> dict[str, Any]:
     }
 
 
-def settled_s(run: Run, rate: float, warmup_s: float) -> float:
-    """Return from when on latency counts, in s of the stream: once what had waited for calibration is through, if ever."""
-    at = run.received["sample_index"] / rate
-    waited = at[(at >= warmup_s - SETTLE_S) & (run.received["latency_ms"] > _BEHIND_MS)]
-    settled = float(waited.max(initial=warmup_s)) + SETTLE_S
-    return settled if settled < at.max(initial=0.0) else warmup_s + SETTLE_S
+def settled_s(run: Run, rate: float, warmup_s: float) -> float | None:
+    """Return from when on latency counts, in s of the stream: from the first spike after the warm-up that is there in time.
+
+    Until then spikes wait for calibration, a pause that is reported by itself; None if they wait to the end.
+    """
+    at, latency_ms = run.received["sample_index"] / rate, run.received["latency_ms"]
+    in_time = at[(at >= warmup_s) & (latency_ms <= run.sorter.config.stream.deadline_ms)]
+    return float(in_time.min()) if len(in_time) else None
 
 
 def measured(run: Run, rate: float, warmup_s: float) -> NDArray[np.float64]:
     """Return the decoder's latencies (ms) that count."""
-    if not run.received:
+    from_s = settled_s(run, rate, warmup_s) if run.received else None
+    if from_s is None:
         return np.zeros(0)
-    from_sample = settled_s(run, rate, warmup_s) * rate
-    kept: NDArray[np.float64] = run.received["latency_ms"][run.received["sample_index"] >= from_sample]
+    kept: NDArray[np.float64] = run.received["latency_ms"][run.received["sample_index"] / rate >= from_s]
     return kept
 
 
 def _latency(run: Run, rate: float, warmup_s: float) -> dict[str, Any]:
-    latency_ms = measured(run, rate, warmup_s)
-    if not len(latency_ms):
+    latency_ms, from_s = measured(run, rate, warmup_s), settled_s(run, rate, warmup_s) if run.received else None
+    if from_s is None:
         return dict.fromkeys(("p50", "p95", "p99", "max"), None) | {"n": 0}
     quantiles = {f"p{q}": float(np.percentile(latency_ms, q)) for q in (50, 95, 99)}
-    at, from_s = run.received["sample_index"] / rate, settled_s(run, rate, warmup_s)
-    pause = run.received["latency_ms"][(at >= warmup_s - SETTLE_S) & (at < from_s)]
+    at = run.received["sample_index"] / rate
+    pause = run.received["latency_ms"][(at >= warmup_s) & (at < from_s)]
     counted = {"n": len(latency_ms), "from_s": from_s, "calibration_pause": float(pause.max(initial=0.0))}
     return {**quantiles, "max": float(latency_ms.max()), **counted}
 
@@ -377,7 +377,10 @@ def _print_table(figures: dict[str, Any], out: Path, drawn: bool) -> None:
             f"{figures['n_units_matched']} of {figures['n_units_true']} true ones found, {figures['n_units_found']} published",
         ),
         ("accuracy", f"{figures['accuracy_mean']:.3f} mean, {figures['accuracy_median']:.3f} median, after calibration"),
-        ("latency", f"{spread_words(latency)}, trough to decoder" if latency["n"] else "nothing measured"),
+        (
+            "latency",
+            f"{spread_words(latency)}, trough to decoder" if latency["n"] else "none: calibration was never caught up with",
+        ),
         ("floor", f"{latency['floor']:.1f} ms, the look-ahead"),
         ("lost", f"{figures['samples_lost']} of {figures['samples_sent']} samples"),
         ("spikes", f"{figures['spikes_received']} received by the decoder of {figures['spikes_published']} published"),

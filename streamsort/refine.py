@@ -34,7 +34,7 @@ _LEAST_ENERGY = 14.0  # nearer to the noise a unit's spikes are mostly noise
 _ECHO_MS, _FAR_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 2.5, 1.0, 0.35, 0.75, 100.0
 _BEYOND_CHANCE = 4.0  # standard deviations
 _LEAST_EXCESS = 3.5  # of the mean gain over the threshold; noise has 2.3
-_SAME = 16.0, 0.98  # squared distance, or cosine, at which two templates are one unit
+_SAME = 16.0, 0.98  # squared distance beyond that of noise, or cosine, at which two templates are one unit
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
 _HANDOVER_LIKENESS, _HANDOVER_SHARED, _BIN_S = 0.85, 0.5, 2.0
 _SPLIT_RATIO, _SPLIT_DISTANCE, _SPLIT_COSINE = 0.4, 4.0, 0.97
@@ -282,7 +282,10 @@ class Refine:
             return False
         product = max(overlap(templates, a, b)[0], overlap(templates, b, a)[0])
         energies = float(templates.energy[a]), float(templates.energy[b])
-        return sum(energies) - 2 * product < _SAME[0] or product > _SAME[1] * float(np.sqrt(energies[0] * energies[1]))
+        # What noise adds to the energy of a mean of n snippets: 1/n for each number that a template is made of.
+        n_numbers = self._config.match.n_ranks * (self._n_samples + int((templates.channels[a] >= 0).sum()))
+        noise = n_numbers * (1 / len(trains[a]) + 1 / len(trains[b]))
+        return sum(energies) - 2 * product < _SAME[0] + noise or product > _SAME[1] * float(np.sqrt(energies[0] * energies[1]))
 
     def _shared_time(self, a: Ints, b: Ints) -> float:
         """Return how much of the rarer unit's firing falls where the other fires as usual; near 1 for two neurons."""

@@ -7,13 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from streamsort import report
-from streamsort.demo import alignment_samples
+from streamsort.config import SorterConfig
+from streamsort.demo import Run, alignment_samples, measured, settled_s
 from streamsort.embedmap import neighbor_map
 from streamsort.probe import Probe
 from streamsort.records import SPIKE_DTYPE
@@ -60,11 +62,21 @@ def test_the_demo_streams_sorts_decodes_and_reports(tmp_path: Path, lsl_config: 
     assert figures["n_units_found"] > 3
     assert figures["n_units_matched"] >= 1
     latency = figures["latency_ms"]
-    assert 0 < latency["floor"] < latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
+    if latency["n"]:  # a machine too slow for 12 s does not come to it
+        assert 0 < latency["floor"] < latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["max"]
     assert figures["encoder"] and figures["provider"] in ("cpu", "cuda")
     page = (tmp_path / "report" / "report.png").read_bytes()
     assert page.startswith(PNG) and len(page) > 50_000
     assert children_of(tmp_path) == []
+
+
+def test_latency_counts_from_the_first_spike_in_time_after_the_warmup() -> None:
+    received = {"sample_index": np.array([1, 2, 3, 4, 5, 6]) * 1000, "latency_ms": np.array([3.0, 900.0, 700.0, 9.0, 2.0, 400.0])}
+    run = Run(cast(Any, SimpleNamespace(config=SorterConfig())), {}, np.zeros(0), 0, received, True)
+    assert settled_s(run, 1000.0, 2.0) == 4.0
+    assert measured(run, 1000.0, 2.0).tolist() == [9.0, 2.0, 400.0]
+    received["latency_ms"][3:] = 800.0
+    assert settled_s(run, 1000.0, 2.0) is None and not len(measured(run, 1000.0, 2.0))
 
 
 @pytest.mark.slow
