@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from streamsort.footprints import move_templates
-from streamsort.templates import TemplateMaker, Templates, likeness
+from streamsort.templates import TemplateMaker, Templates, overlap
 
 Floats = NDArray[np.float32]
 
@@ -21,6 +21,8 @@ _TIMELY = 0.5  # of a unit's energy: a spike that explains less teaches nothing;
 _SLOWEST, _FIRST, _FASTEST = 1 / 400, 1 / 30, 1 / 4  # of an error is learned from one spike
 _EAGERNESS = 0.5  # by e to this the speed changes when two errors are the same
 _LARGE = 12  # channels on which errors are compared; the others are mostly noise
+_SURE = 16.0  # gain over the next best unit's: what is hardly its own teaches a unit to be its neighbour, above all a silent one
+_LARGE_SPIKE = 2.0  # standard deviations of amplitude: a larger one may be that of a neighbour which has lost its template
 _RATE_S = 60.0  # firing rates are averaged over so long
 _LOWEST_HZ, _HIGHEST_HZ = 0.2, 20.0
 _MOST_OFFSET = 3  # samples
@@ -67,6 +69,7 @@ class Bank:
         self.templates: Templates = maker(self.means, self.n_spikes)
         self.remade: list[int] = []
         self._news, self._owed_um = np.zeros(len(means)), np.zeros(len(means))
+        self._taught, self._moved_um = self.means.copy(), np.zeros(len(means))  # as last taught, and by how much moved since
         self._speed, self._error = np.full(len(means), _FIRST), np.zeros_like(self.means)
 
     def __len__(self) -> int:
@@ -82,24 +85,45 @@ class Bank:
         self.means = np.concatenate([self.means, mean[None]])
         self.n_spikes, self.rates_hz = np.append(self.n_spikes, n_spikes), np.append(self.rates_hz, rate_hz)
         self._news, self._owed_um = np.append(self._news, 0.0), np.append(self._owed_um, 0.0)
+        self._taught, self._moved_um = np.concatenate([self._taught, mean[None]]), np.append(self._moved_um, 0.0)
         self._speed = np.append(self._speed, _FIRST)
         self._error = np.concatenate([self._error, np.zeros_like(mean[None])])
         self.templates = self._maker(self.means, self.n_spikes)
 
     def likeness_to(self, mean: Floats) -> tuple[NDArray[np.float64], float]:
-        """Compare a mean snippet (n_samples, n_channels) with the units: cosine with each template, (n_units,), and its energy."""
-        templates = self._maker(np.concatenate([self.means, mean[None]]), np.append(self.n_spikes, 1))
-        return likeness(templates)[-1, :-1], float(templates.energy[-1])
+        """Compare a mean snippet with the units: cosine with each template, at the lag where it is largest, and its energy.
+
+        Parameters
+        ----------
+        mean : ndarray, shape (n_whole, n_channels), float32
+            In noise units.
+
+        Returns
+        -------
+        cosine : ndarray, shape (n_units,), float64
+        energy : float
+        """
+        own, new = self._maker(mean[None], np.ones(1, np.int64)), len(self)
+        columns = (np.concatenate(pair) for pair in zip(self.templates[:-1], own[:-1], strict=True))
+        both = Templates._make([*columns, own.rivals])
+        channels = own.channels[0][own.channels[0] >= 0]
+        cosine = np.zeros(new)
+        for row in np.flatnonzero((self.templates.place[:, channels] >= 0).any(axis=1)).tolist():
+            product = max(overlap(both, row, new)[0], overlap(both, new, row)[0])
+            cosine[row] = product / np.sqrt(max(float(both.energy[row] * both.energy[new]), 1e-9))
+        return cosine, float(own.energy[0])
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, in this order."""
-        for name in ("means", "n_spikes", "rates_hz", "_news", "_owed_um", "_speed", "_error"):
+        for name in ("means", "n_spikes", "rates_hz", "_news", "_owed_um", "_taught", "_moved_um", "_speed", "_error"):
             setattr(self, name, getattr(self, name)[rows])
         self.templates = self._maker(self.means, self.n_spikes)
 
     def reset(self, row: int, mean: Floats, n_spikes: int) -> None:
         """Give a unit another mean snippet, of how many spikes."""
         self.means[row], self.n_spikes[row] = mean, n_spikes
+        self._owed_um[row], self._speed[row], self._error[row] = 0.0, _FIRST, 0.0
+        self._note_taught(row)
         self._maker.put(self.templates, row, mean, n_spikes)
         self.templates = self._maker.related(self.templates)
 
@@ -117,13 +141,16 @@ class Bank:
         """
         self._owed_um += displacement_um
         rows = np.flatnonzero(np.abs(self._owed_um) >= _LEAST_MOVE_UM)
-        channels, by_um = near[self.templates.channels[rows, 0]], self._owed_um[rows]
-        means = self.means[rows[:, None], :, channels].transpose(0, 2, 1)
-        # The change alone: interpolating the whole mean over and over would blur it.
+        self._moved_um[rows] += self._owed_um[rows]
+        channels, by_um = near[self.templates.channels[rows, 0]], self._moved_um[rows]
+        means = self._taught[rows[:, None], :, channels].transpose(0, 2, 1)
+        # The change alone, and all of it since the unit was last taught: interpolating again and again would blur a mean, and that
+        # of a silent unit would fade as the estimate of the displacement trembles.
         moved, still = (move_templates(means, channels, channel_locations, by) for by in (by_um, np.zeros_like(by_um)))
         for row, around, change in zip(rows.tolist(), channels, moved - still, strict=True):
+            self.means[row] = self._taught[row]
             self.means[row][:, around[around >= 0]] += change[:, around >= 0]
-        self._news[rows] += _NEWS_PER_UM * np.abs(by_um)
+        self._news[rows] += _NEWS_PER_UM * np.abs(self._owed_um[rows])
         self._owed_um[rows] = 0
 
     def jump(self, displacement_um: NDArray[np.float64], near: NDArray[np.int32], channel_locations: NDArray[np.float64]) -> None:
@@ -146,9 +173,8 @@ class Bank:
         """
         counts = np.bincount(matches["row"], minlength=len(self))
         self.rates_hz += (1 - np.exp(-seconds / _RATE_S)) * (counts / seconds - self.rates_hz)
-        timely = np.where(self.n_spikes > 3 * _AFTER_JUMP, _TIMELY, _TIMELY / 2) * self.templates.energy
         expected = self._expected_amplitude()
-        teaching = self._alone(matches) & (matches["gain"] > timely[matches["row"]])
+        teaching = self._alone(matches) & self._own(matches)
         for match, snippet in zip(matches[teaching], snippets[teaching], strict=True):
             row = int(match["row"])
             error = self._levelled(snippet, row, float(match["amplitude"]), expected[row]) - self.means[row]
@@ -157,8 +183,17 @@ class Bank:
             self._speed[row] = np.clip(faster * self._speed[row], _SLOWEST, _FASTEST)
             rate = max(self._speed[row], 1 / self.n_spikes[row])
             self.means[row] += np.float32(rate) * error
+            self._note_taught(row)
             self._news[row] += rate
         return self.remake(_MOST_REMADE)
+
+    def _own(self, matches: NDArray[np.void]) -> NDArray[np.bool_]:
+        """Tell which spikes are surely of their unit: most of it is there, and one that is too large fits no other unit as well."""
+        gain, rival = matches["gain"], matches["runner_up"]
+        complete = (gain > _TIMELY * self.templates.energy[matches["row"]]) & (gain - rival > _SURE)
+        large = matches["amplitude"] > 1 + _LARGE_SPIKE / np.sqrt(self._tightness)
+        own: NDArray[np.bool_] = complete & ~(large & (rival > _TIMELY * gain))
+        return own
 
     def _alone(self, matches: NDArray[np.void]) -> NDArray[np.bool_]:
         """Tell which spikes overlap no larger one on shared channels: a little of that is always left, and often the same."""
@@ -205,6 +240,9 @@ class Bank:
         levelled[:, channels[:n]] -= np.float32(score / energy * (1 - 1 / expected)) * t.centred[row][:, :n]
         return levelled
 
+    def _note_taught(self, row: int) -> None:
+        self._taught[row], self._moved_um[row] = self.means[row], 0.0
+
     def remake(self, n_most: int) -> bool:
         """Bring the templates with most news up to date; tell whether there were any."""
         rows = np.argsort(-self._news, kind="stable")[:n_most]
@@ -226,4 +264,5 @@ class Bank:
         offset = int(extreme) - self._n_before
         if abs(offset) > _MOST_OFFSET:
             self.means[row] = np.roll(self.means[row], -int(np.sign(offset)), axis=0)
+            self._note_taught(row)
             self._maker.put(t, row, self.means[row], int(self.n_spikes[row]))

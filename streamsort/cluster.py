@@ -68,16 +68,19 @@ class Assignment:
 class Newcomer:
     """A compact group of spikes that fitted no prototype; `unit` is the known unit whose template it has, or -1.
 
-    `last_sample` is the sample_index of the last of its `n_spikes`; the other fields are as in `Calibration`.
+    `sample_index` (n_spikes,) is in order; the other fields are as in `Calibration`.
     """
 
     channel: int
     unit: int
-    n_spikes: int
-    last_sample: int
+    sample_index: Ints
     mean: Floats
     spread: float
     template: Floats
+
+    @property
+    def n_spikes(self) -> int:
+        return len(self.sample_index)
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,7 @@ class Prototypes:
         self.serial[row] = self.serial.max(initial=-1) + 1
         self.channel[row], self.unit[row], self.n_spikes[row] = newcomer.channel, unit_id, newcomer.n_spikes
         self.mean[row], self.spread[row], self.template[row] = newcomer.mean, newcomer.spread, newcomer.template
-        self.log_weight[row], self.last_sample[row] = np.log(newcomer.n_spikes), newcomer.last_sample
+        self.log_weight[row], self.last_sample[row] = np.log(newcomer.n_spikes), newcomer.sample_index[-1]
         self._index()
 
     def skip_gap(self) -> None:
@@ -318,9 +321,9 @@ class Prototypes:
             spread = float(np.mean((x - mean) ** 2))
             if len(x) >= self._config.birth_spikes and spread < self._config.compact:
                 template = snippets[label == k].mean(axis=0)
-                times = [item[0] for item, mine in zip(waiting, label == k, strict=True) if mine]
-                owner = self._whose(channel, template, len(x), times[0], times[-1])
-                yield Newcomer(channel, owner, len(x), times[-1], mean, spread, template)
+                times = np.array([item[0] for item in waiting])[label == k]
+                owner = self._whose(channel, template, len(x), int(times[0]), int(times[-1]))
+                yield Newcomer(channel, owner, times, mean, spread, template)
 
     def _whose(self, channel: int, template: Floats, n_spikes: int, first_sample: int, last_sample: int) -> int:
         """Name the unit whose template this is, or -1; more difference is forgiven to one that fell silent meanwhile: it moved."""

@@ -27,17 +27,22 @@ class Identity(NamedTuple):
 
 def identities(comparison: Comparison) -> list[Identity]:
     """Tell for each true unit how its id lasted, in order of `comparison.true.labels`."""
-    i, j = comparison.near
-    rightly_anothers = comparison.found_right[j] & ~comparison.of_partners
-    i, j = i[~rightly_anothers], j[~rightly_anothers]
+    i, found_unit = carried(comparison)
     true, n_units = comparison.true, len(comparison.true.labels)
     order = np.lexsort((i, true.unit[i]))
-    i, found_unit = i[order], comparison.found.unit[j[order]]
+    i, found_unit = i[order], found_unit[order]
     bounds = np.searchsorted(true.unit[i], np.arange(n_units + 1))
     return [
         _identity(comparison, true.sample_index[true.unit == u], true.sample_index[i[a:b]], found_unit[a:b])
         for u, a, b in zip(range(n_units), bounds[:-1], bounds[1:], strict=True)
     ]
+
+
+def carried(comparison: Comparison) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """List which true spikes carry which id: indices into `comparison.true` and, (n_carried,) each, into `found.labels`."""
+    i, j = comparison.near
+    rightly_anothers = comparison.found_right[j] & ~comparison.of_partners
+    return i[~rightly_anothers], comparison.found.unit[j[~rightly_anothers]]
 
 
 def _identity(

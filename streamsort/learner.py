@@ -6,6 +6,7 @@ gathered becomes units; at later ones the units follow their spikes, all of them
 fitted none may open a new one. Another encoder may take the place of the one in force: the prototypes then move to its space.
 """
 
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,9 +30,12 @@ from streamsort.warmup import Warmup
 
 Floats = NDArray[np.float32]
 
-# Newcomers so like a unit are that unit; less will do for one that missed so many spikes, it moved.
+# Newcomers so like a unit are that unit. Less will do where embeddings say the same, and where the tissue has moved since it was
+# last seen; its template is replaced if it missed so many spikes and nearly all newcomers came since.
 _BIRTH_ENERGY = 60.0  # weaker groups of strangers are mostly what larger spikes leave
-_LIKENESS, _LIKENESS_LOST, _MISSED_SPIKES, _LEAST_HZ = 0.85, 0.6, 6.0, 0.5
+_LIKENESS, _LIKENESS_LEAST, _UNLIKE_UM = 0.85, 0.6, 20.0
+_MISSED_SPIKES, _LEAST_HZ, _BY_TURNS = 6.0, 0.5, 0.8
+_ECHO_MS, _ECHOES = 2.0, 0.5  # so near a larger spike, one may be what that leaves; a group of which so many are so near is
 
 
 class Learner:
@@ -72,6 +76,10 @@ class Learner:
         self._reservoir = Reservoir(probe.n_channels, n_dims, snippet_shape, config.seed)
         self._near = probe.neighbors(config.match.radius_um)
         self._moving: list[tuple[Floats, NDArray[Any]]] = []
+        self._echo_samples = round(_ECHO_MS * sampling_frequency / 1000)
+        n_periods = round(config.cluster.birth_s / config.cluster.period_s)
+        self._fired: deque[tuple[NDArray[np.int64], NDArray[np.int32]]] = deque(maxlen=max(n_periods, 1))
+        self._seen_um: dict[int, float] = {}
         self.taught: list[Explained] = []
         self._published: list[tuple[NDArray[Any], Floats, Floats]] = []
 
@@ -155,6 +163,7 @@ class Learner:
         """End a learning period: units follow, fall silent, appear."""
         self.follow_tissue()
         matches, snippets = assign.match.settled()
+        self._fired.append((matches["sample_index"], matches["row"]))
         self._move(assign, boundary)
         if not self.motion.stepped:  # else they are of templates that are no more
             assign.bank.learn(matches, snippets, self._config.cluster.period_s)
@@ -167,6 +176,9 @@ class Learner:
             order = np.argsort(spikes["sample_index"], kind="stable")
             y_um = np.array([self.registry.units[name].y_um for name in spikes["unit_id"].tolist()], np.float32)
             self.registry.see(spikes[order], heights[order], distance[order], boundary, y_um=y_um[order])
+            names = np.unique(spikes["unit_id"])
+            moved_um = self.motion.at(np.array([self.registry.units[name].y_um for name in names.tolist()]))
+            self._seen_um.update(zip(names.tolist(), moved_um.tolist(), strict=True))
         self.registry.note_silence(boundary)
         for row in assign.bank.remade:
             self._place(row)
@@ -204,18 +216,32 @@ class Learner:
         farthest = float(motion.change_um[np.abs(motion.change_um).argmax()])
         self.registry.record("drift_step", boundary, None, f"tissue moved by {farthest:.0f} um")
 
-    def _owner(self, assign: Assign, likeness: NDArray[np.float64], boundary: int) -> tuple[int, bool]:
-        """Return the unit that newcomers are, -1 for none, and whether it lost them: it is silent though it usually is not."""
+    def _owner(self, assign: Assign, newcomer: Newcomer, likeness: NDArray[np.float64]) -> tuple[int, bool]:
+        """Return the unit that newcomers are, -1 for none, and whether it lost them: they fire in its place."""
         best, owner, lost = _LIKENESS, UNSORTED, False
         for row, cosine in enumerate(likeness.tolist()):
             unit = self.registry.units.get(assign.unit_ids[row])
             if unit is None:
                 continue
-            silence_s = (boundary - unit.last_sample) / self._rate
+            silence_s = (newcomer.sample_index[-1] - unit.last_sample) / self._rate
             silent = silence_s * max(float(assign.bank.rates_hz[row]), _LEAST_HZ) > _MISSED_SPIKES
-            if cosine > best - (_LIKENESS - _LIKENESS_LOST) * silent:
-                best, owner, lost = cosine + (_LIKENESS - _LIKENESS_LOST) * silent, unit.unit_id, silent
+            in_its_place = silent and (newcomer.sample_index > unit.last_sample).mean() > _BY_TURNS
+            moved_um = abs(float(self.motion.at(np.array([unit.y_um]))[0]) - self._seen_um.get(unit.unit_id, 0.0))
+            forgiven = min(moved_um / _UNLIKE_UM, 1.0) if in_its_place else float(unit.unit_id == newcomer.unit)
+            likely = cosine + (_LIKENESS - _LIKENESS_LEAST) * forgiven
+            if likely > best:
+                best, owner, lost = likely, unit.unit_id, in_its_place
         return owner, lost
+
+    def _is_leftover(self, assign: Assign, newcomer: Newcomer, energy: float) -> bool:
+        """Tell whether newcomers are too weak to be told from leftovers, or most come, beyond chance, with larger units' spikes."""
+        if energy < _BIRTH_ENERGY:
+            return True
+        templates, channels = assign.bank.templates, self._snippets.neighbors[newcomer.channel]
+        larger = (templates.energy > energy) & (templates.place[:, channels[channels >= 0]] >= 0).any(axis=1)
+        times = np.sort(np.concatenate([sample_index[larger[row]] for sample_index, row in self._fired]))
+        span = len(self._fired) * self._config.cluster.period_s * self._rate
+        return share_near(newcomer.sample_index, times, self._echo_samples, span) > _ECHOES
 
     def _heights(self, assign: Assign, spikes: NDArray[Any]) -> Floats:
         heights: Floats = np.abs(spikes["amplitude_uv"]) / assign.channel_noise[spikes["channel"]]
@@ -263,18 +289,25 @@ class Learner:
         template = framed(newcomer.template[None], assign.match.n_before - self._snippets.n_before, n_samples)[0]
         mean[:, channels[channels >= 0]] = template[:, channels >= 0]
         likeness, energy = assign.bank.likeness_to(mean)
-        unit_id, lost = self._owner(assign, likeness, boundary)
+        unit_id, lost = self._owner(assign, newcomer, likeness)
         if lost:
             assign.bank.reset(assign.unit_ids.index(unit_id), mean, newcomer.n_spikes)
-        elif unit_id != UNSORTED or newcomer.unit != UNSORTED:  # odd spikes of one that fires as ever
-            unit_id = max(unit_id, newcomer.unit)
-        elif energy > _BIRTH_ENERGY and not prototypes.is_noise(newcomer):
+        elif unit_id == UNSORTED and not (prototypes.is_noise(newcomer) or self._is_leftover(assign, newcomer, energy)):
             unit_id = self.registry.born(boundary, "new cluster", n_spikes=newcomer.n_spikes)
             assign.bank.add(mean, newcomer.n_spikes, newcomer.n_spikes / self._config.cluster.birth_s)
             assign.unit_ids.append(unit_id)
             self._place(len(assign.bank) - 1)
         prototypes.add(newcomer, unit_id)
         self.memory.keep_only(prototypes.serial.tolist())
+
+
+def share_near(times: NDArray[np.int64], others: NDArray[np.int64], reach: int, span: float) -> float:
+    """Return which part of the times lies within `reach` of others, beyond what chance makes of so many others in `span` samples.
+
+    Both in order; the result is negative where they avoid each other.
+    """
+    low, high = np.searchsorted(others, times - reach), np.searchsorted(others, times + reach, side="right")
+    return float((high > low).mean() + np.expm1(-len(others) * (2 * reach + 1) / span))
 
 
 def noise_units(snippets: Floats, noise_level: Floats) -> Floats:

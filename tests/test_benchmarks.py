@@ -136,6 +136,17 @@ def test_accuracy_says_in_one_line_what_it_cannot_read(tmp_path: Path) -> None:
     assert f"folder {tmp_path}: no recording below" in done.stderr
 
 
+def test_dormancy_follows_units_through_their_silence(tmp_path: Path) -> None:
+    case = ["--seeds", "3:5", "--units", "2", "--silent", "0.5", "--snr", "8", "14", "--rates-hz", "6", "12", "--jobs", "1"]
+    rows = run("dormancy.py", tmp_path / "out.json", *case, "--warmup-s", "8", "--around-s", "6", "--silence-s", "2")
+    assert [row["seed"] for row in rows] == [3, 4, "all"]
+    for row in rows[:2]:
+        assert row["n_silent"] == row["n_known"] == row["n_kept"] == 1 and row["outcome"] == "kept"
+        assert row["same_id"] > 0.9 and row["recall_before"] > 0.9 and row["fates"][0]["unit_id"] > 0
+        assert row["n_revived"] == 0  # two seconds are no silence to speak of
+    assert rows[2]["n_kept"] == 2 and rows[2]["outcome"] == "2 of 2 seeds"
+
+
 def test_encoder_is_compared_with_principal_components(tmp_path: Path) -> None:
     for needed in ("sklearn", "matplotlib"):
         pytest.importorskip(needed)

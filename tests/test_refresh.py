@@ -19,7 +19,6 @@ from checks import Kept
 from numpy.typing import NDArray
 
 from streamsort import offers, refresh
-from streamsort.assign import SAME_SPIKE_MS
 from streamsort.cluster import Newcomer
 from streamsort.config import RefreshConfig, SorterConfig
 from streamsort.encode import Encoder
@@ -397,7 +396,7 @@ def test_a_unit_born_between_snapshot_and_swap_is_carried_over(
     prototypes = snapshot.prototypes.copy()
     member = next(iter(snapshot.members.values()))[-1]
     place = member.white + np.float32(9)  # where there was nothing
-    prototypes.add(Newcomer(0, -1, 20, 100, place, 1.0, member.snippet), unit_id=99)
+    prototypes.add(Newcomer(0, -1, np.arange(81, 101), place, 1.0, member.snippet), unit_id=99)
     assert verdict.space is not None
     moved = prototypes.in_space(verdict.space)
     assert moved.unit.tolist() == prototypes.unit.tolist() and moved.serial.tolist() == prototypes.serial.tolist()
@@ -566,7 +565,7 @@ def test_the_trainer_finds_the_snippets_of_each_unit(live: Live) -> None:
     delay = live.sorter._preprocess.delay_samples
     late = ended["sample_index"] > 5 * RATE
     same = [  # a peak is not quite where its unit's template lies
-        (np.abs(spikes["sample_index"][spikes["unit_id"] == unit] + delay - index) <= round(SAME_SPIKE_MS * RATE / 1000)).any()
+        (np.abs(spikes["sample_index"][spikes["unit_id"] == unit] + delay - index) <= round(0.3e-3 * RATE)).any()
         for index, unit in zip(ended["sample_index"][late], ended["unit_id"][late], strict=True)
     ]
     assert late.sum() > 20 and np.mean(same) > 0.99

@@ -1,0 +1,29 @@
+"""What the learner asks about groups of strangers: whether they are what larger spikes leave, and whether they are known."""
+
+import numpy as np
+import pytest
+from scenes import RATE, Cell, maker, mean_snippets
+
+from streamsort.bank import Bank
+from streamsort.learner import share_near
+from streamsort.probe import Probe
+
+PROBE = Probe.linear(24, 20.0)
+LARGE, SMALL, FAR = Cell(20.0, 40.0, 15.0), Cell(8.0, 60.0, 15.0), Cell(6.0, 440.0, 15.0)
+REACH = 60
+
+
+def test_chance_makes_no_share(rng: np.random.Generator) -> None:
+    span = 1_000_000
+    times, others = (np.sort(rng.integers(0, span, n)) for n in (4000, 3000))
+    assert share_near(times, others, REACH, span) == pytest.approx(0.0, abs=0.03)
+    assert share_near(others + 40, others, REACH, span) == pytest.approx(1 - 0.304, abs=0.01)
+    assert share_near(times, others[:0], REACH, span) == 0.0
+
+
+@pytest.mark.parametrize("lag", [-6, 0, 5])
+def test_a_known_unit_is_recognised_out_of_place(lag: int) -> None:
+    units = Bank(maker(PROBE), mean_snippets([LARGE, SMALL, FAR], PROBE), np.full(3, 200), np.full(3, 5.0), RATE)
+    cosine, energy = units.likeness_to(np.roll(units.means[1], lag, axis=0) * np.float32(1.1))
+    assert cosine.argmax() == 1 and cosine[1] > 0.9 and cosine[0] < 0.8 and cosine[2] == 0
+    assert energy == pytest.approx(1.21 * units.templates.energy[1], rel=0.1)
