@@ -30,7 +30,7 @@ _POSITIVE = 1.5  # a peak so many times its trough makes a unit positive
 _AFTER_JUMP = 10  # spikes a template counts for that was moved far: it is an interpolation
 _LEAST_MOVE_UM = 1.0  # smaller moves wait: the estimate of the displacement trembles by as much
 _NEWS_PER_UM = 0.1  # as much as a tenth of an error learned
-_MOST_REMADE = 8  # 0.6 ms each
+_MOST_REMADE = 4  # 0.5 ms each
 
 
 class Bank:
