@@ -80,6 +80,11 @@ class Bank:
         """Least gain of a spike, (n_units,) float32: where it is as likely as noise, twice the log of samples per spike."""
         return (2 * np.log(self._rate / np.clip(self.rates_hz, _LOWEST_HZ, _HIGHEST_HZ))).astype(np.float32)
 
+    @property
+    def worth(self) -> NDArray[np.float64]:
+        """How many spikes' mean each is as good as, (n_units,): it forgets the older ones."""
+        return np.minimum(self.n_spikes, 2 / self._speed)
+
     def add(self, mean: Floats, n_spikes: int, rate_hz: float) -> None:
         """Append a unit: its mean snippet (n_samples, n_channels), of how many spikes, and how often it fires."""
         self.means = np.concatenate([self.means, mean[None]])

@@ -284,7 +284,7 @@ class Refine:
         energies = float(templates.energy[a]), float(templates.energy[b])
         # What noise adds to the energy of a mean of n snippets: 1/n for each number that a template is made of.
         n_numbers = self._config.match.n_ranks * (self._n_samples + int((templates.channels[a] >= 0).sum()))
-        noise = n_numbers * (1 / len(trains[a]) + 1 / len(trains[b]))
+        noise = n_numbers * float((1 / done.bank.worth[[a, b]]).sum())
         return sum(energies) - 2 * product < _SAME[0] + noise or product > _SAME[1] * float(np.sqrt(energies[0] * energies[1]))
 
     def _shared_time(self, a: Ints, b: Ints) -> float:

@@ -187,7 +187,7 @@ def delayed(waveforms: Floats, by: NDArray[np.float64]) -> Floats:
 
 
 def overlap(templates: Templates, a: int, b: int, max_lag: int = 8) -> tuple[float, int]:
-    """Return the largest whitened inner product of two templates over lags of `b`, and that lag in samples."""
+    """Return the largest whitened inner product of two templates over lags of `b`, parts of a sample too, and the nearest lag."""
     columns = templates.channels[a]
     columns = np.flatnonzero((columns >= 0) & (templates.place[b][columns] >= 0))
     if not len(columns):
@@ -198,7 +198,9 @@ def overlap(templates: Templates, a: int, b: int, max_lag: int = 8) -> tuple[flo
     lags = range(-max_lag, max_lag + 1)
     products = [float((mine[max(-lag, 0) : n - max(lag, 0)] * theirs[max(lag, 0) : n - max(-lag, 0)]).sum()) for lag in lags]
     best = int(np.argmax(products))
-    return products[best], lags[best]
+    before, here, after = products[max(best - 1, 0)], products[best], products[min(best + 1, len(products) - 1)]
+    bend = before - 2 * here + after
+    return here - (before - after) ** 2 / 8 / bend if bend < 0 else here, lags[best]
 
 
 def likeness(templates: Templates) -> NDArray[np.float64]:
