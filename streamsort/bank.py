@@ -165,7 +165,7 @@ class Bank:
         self._error[:] = 0
         self.remake(len(self))
 
-    def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float) -> bool:
+    def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float, n_most: int = _MOST_REMADE) -> bool:
         """Take a period's spikes in; tell whether templates changed.
 
         Parameters
@@ -175,6 +175,8 @@ class Bank:
             In noise units, other spikes taken off.
         seconds : float
             Length of the period.
+        n_most : int
+            So many templates are remade.
         """
         counts = np.bincount(matches["row"], minlength=len(self))
         self.rates_hz += (1 - np.exp(-seconds / _RATE_S)) * (counts / seconds - self.rates_hz)
@@ -190,7 +192,7 @@ class Bank:
             self.means[row] += np.float32(rate) * error
             self._note_taught(row)
             self._news[row] += rate
-        return self.remake(_MOST_REMADE)
+        return self.remake(n_most)
 
     def _own(self, matches: NDArray[np.void]) -> NDArray[np.bool_]:
         """Tell which spikes are surely of their unit: most of it is there, and one that is too large fits no other unit as well."""

@@ -37,6 +37,8 @@ _LIKENESS, _LIKENESS_LEAST, _UNLIKE_UM = 0.85, 0.6, 20.0
 _MISSED_SPIKES, _LEAST_HZ, _BY_TURNS = 6.0, 0.5, 0.8
 _ECHO_MS, _ECHOES = 2.0, 0.5  # so near a larger spike, one may be what that leaves; a group of which so many are so near is
 
+TURNS = 4  # of each learning period: templates, prototypes, the registry, newcomers
+
 
 class Learner:
     """Learn the units of one stream.
@@ -159,16 +161,35 @@ class Learner:
         self.taught += explained
         return join_records([spikes, *(as_spikes(one.peaks[one.unit < 0]) for one in explained)])
 
-    def learn(self, assign: Assign, prototypes: Prototypes, boundary: int) -> None:
-        """End a learning period: units follow, fall silent, appear."""
+    def learn(self, assign: Assign, prototypes: Prototypes, boundary: int, turn: int) -> None:
+        """Do one of the `TURNS` parts of what a period teaches: spikes wait meanwhile, so each part is short."""
+        if turn == 0:
+            self._follow(assign, boundary)
+        else:
+            assign.bank.remake(1)
+        if turn == 1 and self.taught:
+            self._teach(prototypes)
+        elif turn == 2:
+            self._note_spikes(boundary)
+        elif turn == 3:
+            oldest = boundary - round(self._config.cluster.birth_s * self._rate)
+            for newcomer in prototypes.discover(oldest):
+                self._welcome(assign, prototypes, newcomer, boundary)
+        for row in assign.bank.remade:
+            self._place(row)
+        assign.refresh()
+
+    def _follow(self, assign: Assign, boundary: int) -> None:
+        """Let templates follow the tissue and their spikes."""
         self.follow_tissue()
         matches, snippets = assign.match.settled()
         self._fired.append((matches["sample_index"], matches["row"]))
         self._move(assign, boundary)
         if not self.motion.stepped:  # else they are of templates that are no more
-            assign.bank.learn(matches, snippets, self._config.cluster.period_s)
-        if self.taught:
-            self._teach(prototypes)
+            assign.bank.learn(matches, snippets, self._config.cluster.period_s, n_most=1)
+
+    def _note_spikes(self, boundary: int) -> None:
+        """Tell the registry what was published, and what is silent."""
         if self._published:
             parts, *more = zip(*self._published, strict=True)
             spikes, (heights, distance) = join_records(parts), map(np.concatenate, more)
@@ -180,12 +201,6 @@ class Learner:
             moved_um = self.motion.at(np.array([self.registry.units[name].y_um for name in names.tolist()]))
             self._seen_um.update(zip(names.tolist(), moved_um.tolist(), strict=True))
         self.registry.note_silence(boundary)
-        for row in assign.bank.remade:
-            self._place(row)
-        oldest = boundary - round(self._config.cluster.birth_s * self._rate)
-        for newcomer in prototypes.discover(oldest):
-            self._welcome(assign, prototypes, newcomer, boundary)
-        assign.refresh()
 
     def _teach(self, prototypes: Prototypes) -> None:
         """Let prototypes follow the peaks that spikes explain, and remember those that nothing does."""

@@ -26,7 +26,7 @@ from streamsort.config import SorterConfig
 from streamsort.detect import Detect
 from streamsort.encode import Encoder
 from streamsort.errors import StreamsortError
-from streamsort.learner import Learner, as_spikes
+from streamsort.learner import TURNS, Learner, as_spikes
 from streamsort.match import sizes
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
@@ -84,7 +84,7 @@ class Sorter:
         self._match_margin = n_after + spans.sweep
         self._learner = Learner(config, self.probe, rate, self._snippets, self.encoder.n_dims)
         self._offers: deque[tuple[Verdict, Encoder | None]] = deque()
-        self._period_samples = max(round(config.cluster.period_s * rate), 1)
+        self._turn_samples = max(round(config.cluster.period_s * rate / TURNS), 1)
         self._warmup_samples = round(config.warmup_s * rate)
         self._next_sample: int | None = None
         self._through_sample = self._published_through = 0
@@ -179,10 +179,10 @@ class Sorter:
 
     def learn(self) -> None:
         """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""
-        boundary = self._through_sample // self._period_samples * self._period_samples
-        learner = self._learner
+        boundary = self._through_sample // self._turn_samples * self._turn_samples
+        learner, turn = self._learner, boundary // self._turn_samples % TURNS
         if learner.assign is None or learner.prototypes is None:
-            if boundary > self._learned_through:
+            if boundary > self._learned_through and turn == 0:
                 learner.follow_tissue()
                 self._learned_through = boundary
             if self._through_sample >= self._warmup_samples:
@@ -190,9 +190,9 @@ class Sorter:
                 learner.calibrate(self._through_sample, self._through_sample - self._detect.margin)
                 self._learned_through = boundary
         elif boundary > self._learned_through:
-            learner.learn(learner.assign, learner.prototypes, boundary)
+            learner.learn(learner.assign, learner.prototypes, boundary, turn)
             self._learned_through = boundary
-            while self._offers:
+            while turn == 1 and self._offers:  # when no peak waits in the former space
                 self._decide(*self._offers.popleft(), self._published_through)
 
     def offer(self, verdict: Verdict, encoder: Encoder | None = None) -> None:
@@ -275,7 +275,7 @@ class Sorter:
         """Split [start, end) at every sample index at which something may change."""
         stretches = []
         while start < end:
-            steps = self._period_samples, self._preprocess.period_samples, _MOST_SAMPLES
+            steps = self._turn_samples, self._preprocess.period_samples, _MOST_SAMPLES
             stop = min(end, *((start // step + 1) * step for step in steps))
             if start < self._warmup_samples < stop:
                 stop = self._warmup_samples

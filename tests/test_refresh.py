@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(60)
 RATE = 30000
 PATIENCE_S = 30.0
 SNAPSHOT_AT, OFFER_AT = 165_000, 168_000  # the swap is at the next learning boundary
-BOUNDARY, BACK_AT = 172_500, 195_000
+BOUNDARY, BACK_AT = 174_375, 195_000  # the second turn of a learning period
 Edit = Callable[[str, NDArray[Any], np.random.Generator], NDArray[Any]]
 
 
