@@ -93,7 +93,7 @@ class Bank:
         self._taught, self._moved_um = np.concatenate([self._taught, mean[None]]), np.append(self._moved_um, 0.0)
         self._speed = np.append(self._speed, _FIRST)
         self._error = np.concatenate([self._error, np.zeros_like(mean[None])])
-        self.templates = self._maker(self.means, self.n_spikes)
+        self.templates = self._maker.related(self.templates.joined(self._maker(mean[None], self.n_spikes[-1:])))
 
     def likeness_to(self, mean: Floats) -> tuple[NDArray[np.float64], float]:
         """Compare a mean snippet with the units: cosine with each template, at the lag where it is largest, and its energy.
@@ -109,8 +109,7 @@ class Bank:
         energy : float
         """
         own, new = self._maker(mean[None], np.ones(1, np.int64)), len(self)
-        columns = (np.concatenate(pair) for pair in zip(self.templates[:-1], own[:-1], strict=True))
-        both = Templates._make([*columns, own.rivals])
+        both = self.templates.joined(own)
         channels = own.channels[0][own.channels[0] >= 0]
         cosine = np.zeros(new)
         for row in np.flatnonzero((self.templates.place[:, channels] >= 0).any(axis=1)).tolist():

@@ -73,6 +73,11 @@ class Templates(NamedTuple):
         """The mean snippets without shift, (n_units, n_whole, n_neighbors)."""
         return self.shifted[:, N_SHIFTS // 2]
 
+    def joined(self, others: "Templates") -> "Templates":
+        """Return these units and others; who are rivals is still to be told, see `TemplateMaker.related`."""
+        columns = (np.concatenate(pair) for pair in zip(self[:-1], others[:-1], strict=True))
+        return Templates._make([*columns, np.zeros((self.n_units + others.n_units, 0), np.int32)])
+
 
 class TemplateMaker:
     """Turn mean snippets into templates.
