@@ -18,7 +18,6 @@ class Limits(NamedTuple):
     most: float
     too_small: float
     too_large: float
-    ringing: float
     core: int
     larger_by: float
     herald: float
@@ -105,12 +104,10 @@ class Peeler:
     def leftovers(self, unit: int, column: int) -> float:
         """Sum what each spike subtracted nearby had added to this score."""
         total = 0.0
-        for other, other_column, wave, amplitude in self.subtracted:
+        for _, other_column, wave, amplitude in self.subtracted:
             lag = column - other_column
             if not -self.n_samples < lag < len(wave):
                 continue
-            if np.any(wave[:, self.t.channels[unit, 0]]):
-                total += self.limits.ringing * float(self.t.energy[other]) * amplitude**2
             silence = np.zeros((self.n_samples, wave.shape[1]))
             seen = np.concatenate([silence, wave, silence])[self.n_samples + lag :][: self.n_samples]
             total += abs(float((seen * self.filters[unit]).sum())) * amplitude

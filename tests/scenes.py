@@ -71,7 +71,6 @@ LIMITS = Limits(
     most=float(kernels._MOST),
     too_small=float(kernels._TOO_SMALL),
     too_large=float(kernels._TOO_LARGE),
-    ringing=float(kernels._RINGING),
     core=kernels._CORE,
     larger_by=float(kernels._LARGER_BY),
     herald=float(kernels._HERALD),

@@ -21,9 +21,6 @@ _TOO_SMALL, _TOO_LARGE = np.float32(0.55), np.float32(2)
 
 STEPS = np.float32(1024)  # of the residual, per noise unit
 
-# Of a spike's energy, what no template holds: the band-pass rings on for a template's length after it.
-_RINGING = np.float32(0.075)
-
 # A spike that leaves something larger than itself, by more than noise is, on so many of its channels is a part of something else.
 # Without the margin two spikes at once, as large as one another, would each seem a part of the other, and both be lost.
 _CORE, _LARGER_BY = 4, np.float32(4)  # channels, noise units
@@ -257,8 +254,6 @@ def misfit(window: Tuple, t: Tuple, u: int, column: int) -> np.float32:
         other, lag = window.recent[i, 0], column - window.recent[i, 1]
         if other < 0 or lag <= -n_samples or lag >= n_whole:
             continue
-        if t.place[other, t.channels[u, 0]] >= 0:
-            total += _RINGING * t.energy[other] * window.recent_amplitude[i] * window.recent_amplitude[i]
         product = _ZERO
         for k in range(t.channels.shape[1]):
             c = t.channels[u, k]
