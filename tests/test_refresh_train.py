@@ -284,7 +284,7 @@ def test_a_run_refreshes_its_own_encoder(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     caplog.set_level(logging.INFO, "streamsort.commands.refreshes")
     session = tmp_path / "session"
-    source = "sim:seconds=40,units=6,probe=tetrode,seed=1"
+    source = "sim:seconds=60,units=6,probe=tetrode,seed=1"
     assert main(["run", source, "--encoder", "light", "--warmup-s", "6", "--session", str(session), "--refresh-every", "0.15"]) == 0
     told = [record for record in caplog.records if record.name == "streamsort.commands.refreshes"]
     assert not [record.getMessage() for record in told if record.levelno >= logging.WARNING]
