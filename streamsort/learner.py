@@ -22,7 +22,7 @@ from streamsort.motion import Motion
 from streamsort.noise import divisor
 from streamsort.probe import Probe
 from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch, join_records
-from streamsort.refine import find_units, framed
+from streamsort.refine import find_units, framed, near
 from streamsort.reservoir import Member, Memory, Period, Reservoir
 from streamsort.snippets import Snippets
 from streamsort.units import Registry
@@ -321,8 +321,7 @@ def share_near(times: NDArray[np.int64], others: NDArray[np.int64], reach: int, 
 
     Both in order; the result is negative where they avoid each other.
     """
-    low, high = np.searchsorted(others, times - reach), np.searchsorted(others, times + reach, side="right")
-    return float((high > low).mean() + np.expm1(-len(others) * (2 * reach + 1) / span))
+    return float(near(times, others, reach).mean() + np.expm1(-len(others) * (2 * reach + 1) / span))
 
 
 def noise_units(snippets: Floats, noise_level: Floats) -> Floats:

@@ -297,12 +297,10 @@ class Refine:
         """Return which part of a train comes with larger units' spikes, each within so many samples, beyond chance."""
         echo, no_chance = np.zeros(len(train), bool), 1.0
         for other, reach in larger:
-            at = np.searchsorted(other, train)
-            padded = np.concatenate([[-(1 << 40)], other, [1 << 40]])
-            near = np.minimum(train - padded[at], padded[at + 1] - train) <= reach
+            close = near(train, other, reach)
             chance = min(len(other) * 2 * reach / (self._seconds * self._rate), 1.0)
-            if near.mean() > chance + _BEYOND_CHANCE * np.sqrt(chance * (1 - chance) / len(train)):
-                echo, no_chance = echo | near, no_chance * (1 - chance)
+            if close.mean() > chance + _BEYOND_CHANCE * np.sqrt(chance * (1 - chance) / len(train)):
+                echo, no_chance = echo | close, no_chance * (1 - chance)
         return float(echo.mean() - (1 - no_chance))
 
     def _parts(self, done: _Pass, row: int) -> list[NDArray[np.bool_]]:
@@ -393,6 +391,13 @@ def find_units(
     waveforms = framed(usual, n_before - round(config.snippets.ms_before * sampling_frequency / 1000), n_before + n_after)
     refine = Refine(config, probe, noise, waveforms, warmup, sampling_frequency)
     return refine(Seeds(peaks["sample_index"], peaks["channel"].astype(np.int64), clusters.label))
+
+
+def near(times: Ints, others: Ints, reach: int) -> NDArray[np.bool_]:
+    """Tell which of the times lie within `reach` samples of others; the others in order."""
+    low, high = np.searchsorted(others, times - reach), np.searchsorted(others, times + reach, side="right")
+    found: NDArray[np.bool_] = high > low
+    return found
 
 
 def framed(waveforms: Floats, shift: int, n_samples: int) -> Floats:

@@ -169,10 +169,8 @@ class TemplateMaker:
         near = near[np.argsort(-size[near], kind="stable")]
         visible = size > _VISIBLE_FAR + _OTHERS / n_spikes
         visible[near] = (np.arange(len(near)) < _ALWAYS) | (size[near] > _VISIBLE)
-        chosen: Ints = np.flatnonzero(visible)[np.argsort(-size[visible], kind="stable")][: self._config.n_channels].astype(
-            np.int32
-        )
-        return chosen
+        channels = np.flatnonzero(visible).astype(np.int32)
+        return channels[np.argsort(-size[channels], kind="stable")][: self._config.n_channels]
 
 
 def taper(n_samples: int) -> NDArray[np.float64]:
