@@ -58,7 +58,8 @@ class PrincipalComponents(Encoder):
 
     def _values(self, snippets: Floats, noise_level: Floats) -> Floats:
         scale = np.divide(1.0, noise_level, out=np.zeros_like(noise_level), where=noise_level > 0)
-        return (self.at_models_rate(snippets) * scale[:, None]).reshape(len(snippets), -1)
+        values = self.at_models_rate(snippets) * scale[:, None]
+        return values.reshape(len(values), values.shape[1] * values.shape[2])
 
     def __call__(self, snippets: Floats, noise_level: Floats) -> Floats:
         """Project snippets, (n, n_dims) float32."""

@@ -23,13 +23,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort import __version__, report
-from streamsort.assign import Explained
 from streamsort.commands.summary import lost_samples, print_rows, spread_words
 from streamsort.commands.terminal import Interrupts, Terminal
 from streamsort.config import SorterConfig
 from streamsort.errors import StreamsortError
 from streamsort.loopback import keep_lsl_private
-from streamsort.records import SPIKE_DTYPE, UNSORTED, Output, PeakBatch, StreamInfo
+from streamsort.records import SPIKE_DTYPE, UNSORTED, Output
 from streamsort.score import Score, score
 from streamsort.simulate import SimulationConfig, Truth, truth, write_recording
 from streamsort.sinks.zmq import ZmqSink
@@ -100,49 +99,6 @@ class Child:
             self._process.wait()
 
 
-class ObservedSorter(Sorter):
-    """A sorter that keeps the latest embeddings of sorted spikes, for the report's map.
-
-    Attributes
-    ----------
-    kept_units, kept_channels : ndarray, shape (n_kept,), int32
-    kept_embeddings : ndarray, shape (n_kept, n_dims), float32
-    """
-
-    def __init__(self, config: SorterConfig, info: StreamInfo) -> None:
-        super().__init__(config, info)
-        self._units, self._channels = np.zeros((2, _MAP_SPIKES), np.int32)
-        self._embeddings = np.zeros((_MAP_SPIKES, self.encoder.n_dims), np.float32)
-        self._n_seen = 0
-
-    def assign(self, batch: PeakBatch, embeddings: NDArray[np.float32]) -> Output:
-        n_before = len(self._learner.taught)
-        output = super().assign(batch, embeddings)
-        for explained in self._learner.taught[n_before:]:
-            self._keep(explained)
-        return output
-
-    def _keep(self, explained: Explained) -> None:
-        rows = np.flatnonzero(explained.unit != UNSORTED)[-_MAP_SPIKES:]
-        places = (self._n_seen + np.arange(len(rows))) % _MAP_SPIKES
-        self._units[places] = explained.unit[rows]
-        self._channels[places] = explained.peaks["channel"][rows]
-        self._embeddings[places] = explained.assignment.white[rows]
-        self._n_seen += len(rows)
-
-    @property
-    def kept_units(self) -> NDArray[np.int32]:
-        return self._units[: min(self._n_seen, _MAP_SPIKES)]
-
-    @property
-    def kept_channels(self) -> NDArray[np.int32]:
-        return self._channels[: min(self._n_seen, _MAP_SPIKES)]
-
-    @property
-    def kept_embeddings(self) -> NDArray[np.float32]:
-        return self._embeddings[: min(self._n_seen, _MAP_SPIKES)]
-
-
 class _Keep:
     """Keep all spikes, to compare them with the truth."""
 
@@ -166,7 +122,7 @@ class _Keep:
 class Run:
     """What came of the stream: of the sorter, of the player and of the decoder."""
 
-    sorter: ObservedSorter
+    sorter: Sorter
     status: dict[str, Any]
     spikes: NDArray[Any]
     samples_sent: int
@@ -210,7 +166,7 @@ def _stream(simulation: SimulationConfig, work: Path, terminal: Terminal) -> Run
         stack.callback(player.kill)
         info = replace(open_source(str(recording)).info, live=True)
         config = replace(SorterConfig(), warmup_s=WARMUP_SHARE * simulation.seconds)
-        sorter, keep = ObservedSorter(config, info), _Keep()
+        sorter, keep = Sorter(config, info), _Keep()
         terminal.say(f"warming up   {sorter.encoder.name} on {sorter.encoder.provider}")
         with terminal.waiting("warming up"):
             sorter.warmup()
@@ -269,7 +225,7 @@ def _wait_for_quiet(stream: Stream) -> None:
     before, since, deadline = -1, time.monotonic(), time.monotonic() + _END_S
     while time.monotonic() < deadline and time.monotonic() - since < _QUIET_S:
         status = stream.status()
-        if status["spikes"] != before or status["queues"]["chunks_ms"] or status["queues"]["batches"]:
+        if status["spikes"] != before or status["queues"]["chunks_ms"]:
             before, since = status["spikes"], time.monotonic()
         time.sleep(_POLL_S)
 
@@ -355,6 +311,13 @@ def alignment_samples(spikes: NDArray[Any], true: Truth, rate: float) -> int | N
 
 
 def _page(run: Run, simulation: SimulationConfig, figures: dict[str, Any]) -> report.Page:
+    snapshot = run.sorter.snapshot()
+    periods = () if snapshot is None else snapshot.periods
+    unit, channel, embeddings = (
+        np.concatenate([np.zeros(0, np.int64), *(one.published for one in periods)]),
+        np.concatenate([np.zeros(0, np.int64), *(one.peaks["channel"] for one in periods)]),
+        np.concatenate([np.zeros((0, run.sorter.encoder.n_dims), np.float32), *(one.white for one in periods)]),
+    )
     return report.Page(
         figures=figures,
         spikes=run.spikes,
@@ -362,9 +325,9 @@ def _page(run: Run, simulation: SimulationConfig, figures: dict[str, Any]) -> re
         probe=run.sorter.probe,
         templates=run.sorter.templates(),
         units=run.sorter.units_table(),
-        embeddings=run.sorter.kept_embeddings,
-        embedded_units=run.sorter.kept_units,
-        embedded_channels=run.sorter.kept_channels,
+        embeddings=embeddings[unit != UNSORTED],
+        embedded_units=unit[unit != UNSORTED],
+        embedded_channels=channel[unit != UNSORTED],
         latency_ms=measured(run, simulation.sampling_frequency, run.sorter.config.warmup_s),
     )
 

@@ -1,30 +1,35 @@
 """What a sorter knows of the units, and changes at learning boundaries alone.
 
-Spikes and peaks come in with what they were taken for; kept are the templates, the prototypes of the embeddings, the displacement
-of the tissue, the registry of units with its ledger, and the memory of the recent past. At the first boundary all that was
-gathered becomes units; at later ones the units follow their spikes, all of them move when the tissue does at once, and peaks that
-fitted none may open a new one. Another encoder may take the place of the one in force: the prototypes then move to its space.
+In come the batches of the warm-up, later what assignment noted in each learning period; out comes what is `Known` of the units.
+Kept are the templates, the prototypes of the embeddings, the displacement of the tissue, the registry of units with its ledger, and
+the memory of the recent past. When the warm-up is over all that was gathered becomes units; at each boundary after it the units
+follow their spikes, all of them move when the tissue does at once, and peaks that fitted none may open a new one. Spikes are named
+without embeddings, so the encoder too is called here, beside the hot path. Another encoder may take the place of the one in force:
+the prototypes then move to its space.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort.assign import Assign, Explained
+from streamsort.assign import Assign, Explained, Known, Notes
+from streamsort.bank import Bank
 from streamsort.calibrate import Calibration, calibrate, template_mismatch
 from streamsort.cluster import Assignment, Newcomer, Prototypes, Space
 from streamsort.config import SorterConfig
-from streamsort.match import Match
+from streamsort.encode import Encoder
+from streamsort.match import Match, join_settled, sizes
 from streamsort.motion import Motion
 from streamsort.noise import divisor
 from streamsort.probe import Probe
-from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, PeakBatch, join_records
+from streamsort.records import PEAK_DTYPE, UNSORTED, PeakBatch, join_records
 from streamsort.refine import find_units, framed, near
 from streamsort.reservoir import Member, Memory, Period, Reservoir
 from streamsort.snippets import Snippets
+from streamsort.templates import Templates
 from streamsort.units import Registry
 from streamsort.warmup import Warmup
 
@@ -36,8 +41,6 @@ _BIRTH_ENERGY = 60.0  # weaker groups of strangers are mostly what larger spikes
 _LIKENESS, _LIKENESS_LEAST, _UNLIKE_UM = 0.85, 0.6, 20.0
 _MISSED_SPIKES, _LEAST_HZ, _BY_TURNS = 6.0, 0.5, 0.8
 _ECHO_MS, _ECHOES = 2.0, 0.5  # so near a larger spike, one may be what that leaves; a group of which so many are so near is
-
-TURNS = 4  # of each learning period: templates, prototypes, the registry, newcomers
 
 
 class Learner:
@@ -69,21 +72,24 @@ class Learner:
     def __init__(self, config: SorterConfig, probe: Probe, sampling_frequency: float, snippets: Snippets, n_dims: int) -> None:
         self._config, self._probe, self._rate, self._snippets = config, probe, sampling_frequency, snippets
         self.prototypes: Prototypes | None = None
-        self.assign: Assign | None = None
+        self.bank: Bank | None = None
+        self.unit_ids: list[int] = []
         self.registry = Registry(sampling_frequency)
         self.memory = Memory(config.refresh, sampling_frequency)
         self.motion = Motion(probe, snippets, sampling_frequency, config.cluster.period_s, config.seed)
+        self.table: list[dict[str, Any]] = []
         self._warmup = Warmup()
         snippet_shape = snippets.n_before + snippets.n_after, config.snippets.n_neighbors
         self._reservoir = Reservoir(probe.n_channels, n_dims, snippet_shape, config.seed)
         self._near = probe.neighbors(config.match.radius_um)
-        self._moving: list[tuple[Floats, NDArray[Any]]] = []
+        self._n_before, _, spans = sizes(config.match, sampling_frequency)
+        self._n_whole = spans.n_whole
         self._echo_samples = round(_ECHO_MS * sampling_frequency / 1000)
         n_periods = round(config.cluster.birth_s / config.cluster.period_s)
         self._fired: deque[tuple[NDArray[np.int64], NDArray[np.int32]]] = deque(maxlen=max(n_periods, 1))
         self._seen_um: dict[int, float] = {}
-        self.taught: list[Explained] = []
-        self._published: list[tuple[NDArray[Any], Floats, Floats]] = []
+        self._stepped = False
+        self._copied: tuple[Templates, Templates] | None = None
 
     def warmup(self, n_dims: int) -> None:
         """Call each kernel once, on scratch data."""
@@ -100,118 +106,119 @@ class Learner:
         template_mismatch(snippets[0], snippets[1], self._snippets.neighbors[0], self._snippets.neighbors[0], 0.0)
         Match(self._config.match, self._probe.n_channels, self._rate).warmup(self._config.match)
 
-    def gather(self, batch: PeakBatch, embeddings: Floats) -> None:
-        """Keep traces and peaks for calibration."""
-        self._warmup.add(batch)
-        if len(batch.peaks):
-            snippets = noise_units(batch.snippets, batch.noise_level)
-            self._moving.append((snippets, batch.peaks["channel"]))
-            self._reservoir.add(batch.peaks, embeddings, snippets)
-
-    def follow_tissue(self) -> None:
-        """End a period: take the displacement from its peaks."""
+    def gather(self, encoder: Encoder, batches: Sequence[PeakBatch]) -> None:
+        """Keep the traces and peaks of a period for calibration, and take the displacement from them."""
+        for batch in batches:
+            self._warmup.add(batch)
         self._warmup.close()
-        n_channels = self._snippets.neighbors.shape[1]
-        none = np.zeros((0, self._snippets.n_before + self._snippets.n_after, n_channels), np.float32), np.zeros(0, np.uint16)
-        snippets, channels = zip(*self._moving or [none], strict=True)
-        self._moving = []
-        self.motion.update(np.concatenate(snippets), np.concatenate(channels))
+        peaks = join_records([np.zeros(0, PEAK_DTYPE), *(batch.peaks for batch in batches)])
+        snippets, noise_level = (np.concatenate([getattr(one, name) for one in batches]) for name in ("snippets", "noise_level"))
+        scaled = noise_units(snippets, noise_level)
+        self._reservoir.add(peaks, encoder(snippets, noise_level), scaled)
+        self.motion.update(scaled, peaks["channel"])
 
-    def calibrate(self, sample_index: int, published_through: int) -> None:
+    def calibrate(self, sample_index: int, published_through: int) -> Assign:
         """Make units of what was gathered before `sample_index`; the peaks before `published_through` are out already."""
+        config = self._config
         peaks, embeddings, snippets = self._reservoir.take()
         heights = np.abs(snippets[:, self._snippets.n_before, 0])
         clusters = self._clusters(peaks, embeddings, snippets, heights)
         noise = self._warmup.channel_noise
         if noise is None:
             noise = np.zeros(self._probe.n_channels, np.float32)
-        bank, matches = find_units(self._config, self._probe, self._rate, self._warmup, peaks, clusters)
-        order = np.argsort(-np.bincount(matches["row"], minlength=len(bank)), kind="stable")
-        names = np.zeros(len(bank), np.int64)
+        self.bank, matches = find_units(config, self._probe, self._rate, self._warmup, peaks, clusters)
+        order = np.argsort(-np.bincount(matches["row"], minlength=len(self.bank)), kind="stable")
+        names = np.zeros(len(self.bank), np.int64)
         for row in order.tolist():
             names[row] = self.registry.born(sample_index, "calibration")
-        config = self._config
-        assign = Assign(config, self._probe, self._rate, noise, bank, names.tolist(), published_through)
+        self.unit_ids = names.tolist()
+        assign = Assign(config, self._probe, self._rate, noise, self._known(), published_through)
         row = np.append(matches["row"], -1)[assign.explain(peaks, matches)]
         clusters = clusters.regrouped(row, peaks["channel"], embeddings, snippets, config.cluster.min_members)
         self.prototypes = Prototypes(
-            clusters, names.tolist(), self._snippets.neighbors, config.detect.detect_threshold, config.cluster, config.seed
+            clusters, self.unit_ids, self._snippets.neighbors, config.detect.detect_threshold, config.cluster, config.seed
         )
         if len(self._warmup):  # run in, so that nothing is lost between the last peaks and the first matches
             start, traces = self._warmup[-1]
             assign.run_in(start, traces)
-        self.assign = assign
         self._warmup = Warmup()
-        for row in range(len(bank)):
-            self._place(row)
+        for unit in range(len(self.bank)):
+            self._place(self.bank, unit)
         found = self.prototypes.predict(embeddings, peaks["channel"])
         self.memory.add_members(self.prototypes.surely(found), peaks, found.white, snippets, config.refresh.snippets)
+        self.table = self.registry.table(sample_index)
+        return assign
 
-    def name(self, assign: Assign, prototypes: Prototypes, batch: PeakBatch, embeddings: Floats) -> NDArray[np.void]:
-        """Return the spikes that are decided by this batch, matched or not, and keep what they teach until the next boundary."""
-        if len(batch.peaks):
-            self._moving.append((noise_units(batch.snippets, batch.noise_level), batch.peaks["channel"]))
-        assignment = prototypes.predict(embeddings, batch.peaks["channel"]) if len(batch.peaks) else None
-        matches, explained = assign(batch, assignment)
-        spikes = assign.spikes(matches)
-        if len(matches):
-            spikes["flags"] |= self.registry.flags(spikes["unit_id"])
-            energy = assign.bank.templates.energy[matches["row"]]
-            self._published.append((spikes, self._heights(assign, spikes), (energy - matches["gain"]) / np.sqrt(energy + 1)))
-        self.taught += explained
-        return join_records([spikes, *(as_spikes(one.peaks[one.unit < 0]) for one in explained)])
+    def learn(self, encoder: Encoder, notes: Notes, boundary: int) -> Known:
+        """Take in what was noted before a boundary; return the units as they are to be named by."""
+        bank, prototypes = self.bank, self.prototypes
+        assert bank is not None and prototypes is not None
+        if notes.n_skipped:
+            prototypes.skip_gap()
+            self.registry.skip_gap(notes.n_skipped)
+        peaks, snippets, embeddings = self._embedded(encoder, notes.explained)
+        self.motion.update(snippets, peaks["channel"])
+        self._follow(bank, notes, boundary)
+        if len(peaks):
+            self._teach(prototypes, notes.explained, peaks, snippets, prototypes.predict(embeddings, peaks["channel"]))
+        self._note_spikes(notes, boundary)
+        oldest = boundary - round(self._config.cluster.birth_s * self._rate)
+        for newcomer in prototypes.discover(oldest):
+            self._welcome(bank, prototypes, newcomer, boundary)
+        self.table = self.registry.table(boundary)
+        return self._known()
 
-    def learn(self, assign: Assign, prototypes: Prototypes, boundary: int, turn: int) -> None:
-        """Do one of the `TURNS` parts of what a period teaches: spikes wait meanwhile, so each part is short."""
-        if turn == 0:
-            self._follow(assign, boundary)
-        else:
-            assign.bank.remake(1)
-        if turn == 1 and self.taught:
-            self._teach(prototypes)
-        elif turn == 2:
-            self._note_spikes(boundary)
-        elif turn == 3:
-            oldest = boundary - round(self._config.cluster.birth_s * self._rate)
-            for newcomer in prototypes.discover(oldest):
-                self._welcome(assign, prototypes, newcomer, boundary)
-        for row in assign.bank.remade:
-            self._place(row)
-        assign.refresh()
+    def _known(self) -> Known:
+        """Return what assignment needs of the units; the templates are copied, since they change row by row."""
+        bank = self.bank
+        assert bank is not None
+        if self._copied is None or self._copied[0] is not bank.templates:
+            self._copied = bank.templates, Templates._make(column.copy() for column in bank.templates)
+        unit_id = np.array(self.unit_ids, np.int64)
+        return Known(self._copied[1], bank.threshold, unit_id, self.registry.flags(unit_id))
 
-    def _follow(self, assign: Assign, boundary: int) -> None:
+    def _embedded(self, encoder: Encoder, explained: list[Explained]) -> tuple[NDArray[Any], Floats, Floats]:
+        """Return a period's peaks, their snippets in noise units and their embeddings."""
+        peaks = join_records([np.zeros(0, PEAK_DTYPE), *(one.peaks for one in explained)])
+        shape = self._snippets.n_before + self._snippets.n_after, self._config.snippets.n_neighbors
+        snippets = np.concatenate([np.zeros((0, *shape), np.float32), *(one.snippets for one in explained)])
+        level = np.concatenate([np.zeros((0, shape[1]), np.float32), *(one.noise_level for one in explained)])
+        return peaks, noise_units(snippets, level), encoder(snippets, level)
+
+    def _follow(self, bank: Bank, notes: Notes, boundary: int) -> None:
         """Let templates follow the tissue and their spikes."""
-        self.follow_tissue()
-        matches, snippets = assign.match.settled()
+        matches, snippets = join_settled(notes.settled, self._n_whole, self._probe.n_channels)
         self._fired.append((matches["sample_index"], matches["row"]))
-        self._move(assign, boundary)
-        if not self.motion.stepped:  # else they are of templates that are no more
-            assign.bank.learn(matches, snippets, self._config.cluster.period_s, n_most=1)
+        self._move(bank, boundary)
+        # After a step the spikes, and those of the next period too, were found by templates that are no more.
+        if not (self.motion.stepped or self._stepped):
+            bank.learn(matches, snippets, self._config.cluster.period_s)
+        self._stepped = self.motion.stepped
+        for row in bank.remade:
+            self._place(bank, row)
 
-    def _note_spikes(self, boundary: int) -> None:
+    def _note_spikes(self, notes: Notes, boundary: int) -> None:
         """Tell the registry what was published, and what is silent."""
-        if self._published:
-            parts, *more = zip(*self._published, strict=True)
-            spikes, (heights, distance) = join_records(parts), map(np.concatenate, more)
-            self._published = []
+        if notes.spikes:
+            spikes, matches = join_records(notes.spikes), join_records(notes.matches)
+            t = notes.known.templates
+            energy = t.energy[matches["row"]]
+            distance = (energy - matches["gain"]) / np.sqrt(energy + 1)
             order = np.argsort(spikes["sample_index"], kind="stable")
             y_um = np.array([self.registry.units[name].y_um for name in spikes["unit_id"].tolist()], np.float32)
+            heights = matches["amplitude"] * t.height[matches["row"]]
             self.registry.see(spikes[order], heights[order], distance[order], boundary, y_um=y_um[order])
             names = np.unique(spikes["unit_id"])
             moved_um = self.motion.at(np.array([self.registry.units[name].y_um for name in names.tolist()]))
             self._seen_um.update(zip(names.tolist(), moved_um.tolist(), strict=True))
         self.registry.note_silence(boundary)
 
-    def _teach(self, prototypes: Prototypes) -> None:
+    def _teach(
+        self, prototypes: Prototypes, explained: list[Explained], peaks: NDArray[Any], snippets: Floats, assignment: Assignment
+    ) -> None:
         """Let prototypes follow the peaks that spikes explain, and remember those that nothing does."""
-        taught, self.taught = self.taught, []
-        assignment = Assignment.join([one.assignment for one in taught])
-        peaks = join_records([one.peaks for one in taught])
-        unit, strange = (np.concatenate([getattr(one, name) for one in taught]) for name in ("unit", "strange"))
-        snippets = noise_units(
-            np.concatenate([one.snippets for one in taught]), np.concatenate([one.noise_level for one in taught])
-        )
-        self.memory.add_period(Period(peaks, assignment.unit, assignment.white, snippets))
+        unit, strange = (np.concatenate([getattr(one, name) for one in explained]) for name in ("unit", "strange"))
+        self.memory.add_period(Period(peaks, assignment.unit, unit, assignment.white, snippets))
         agreed = (unit >= 0) & (assignment.unit == unit)
         self.memory.add_members(np.where(agreed, prototypes.surely(assignment), -1), peaks, assignment.white, snippets)
         # What no template explains is strange, however near a unit its embedding lies; not so what lies near rejected noise.
@@ -219,10 +226,10 @@ class Learner:
         use = agreed | strange
         prototypes.learn(assignment.take(use), peaks[use], snippets[use])
 
-    def _move(self, assign: Assign, boundary: int) -> None:
+    def _move(self, bank: Bank, boundary: int) -> None:
         """Move all templates with the tissue; after a step at once, and they then learn fast."""
-        bank, motion = assign.bank, self.motion
-        depths = np.array([self.registry.units[name].y_um if name in self.registry.units else 0.0 for name in assign.unit_ids])
+        motion, units = self.motion, self.registry.units
+        depths = np.array([units[name].y_um if name in units else 0.0 for name in self.unit_ids])
         change = np.interp(depths, motion.depth_um, motion.change_um)
         if not motion.stepped:
             bank.move(change, self._near, self._probe.channel_locations)
@@ -231,15 +238,15 @@ class Learner:
         farthest = float(motion.change_um[np.abs(motion.change_um).argmax()])
         self.registry.record("drift_step", boundary, None, f"tissue moved by {farthest:.0f} um")
 
-    def _owner(self, assign: Assign, newcomer: Newcomer, likeness: NDArray[np.float64]) -> tuple[int, bool]:
+    def _owner(self, bank: Bank, newcomer: Newcomer, likeness: NDArray[np.float64]) -> tuple[int, bool]:
         """Return the unit that newcomers are, -1 for none, and whether it lost them: they fire in its place."""
         best, owner, lost = _LIKENESS, UNSORTED, False
         for row, cosine in enumerate(likeness.tolist()):
-            unit = self.registry.units.get(assign.unit_ids[row])
+            unit = self.registry.units.get(self.unit_ids[row])
             if unit is None:
                 continue
             silence_s = (newcomer.sample_index[-1] - unit.last_sample) / self._rate
-            silent = silence_s * max(float(assign.bank.rates_hz[row]), _LEAST_HZ) > _MISSED_SPIKES
+            silent = silence_s * max(float(bank.rates_hz[row]), _LEAST_HZ) > _MISSED_SPIKES
             in_its_place = silent and (newcomer.sample_index > unit.last_sample).mean() > _BY_TURNS
             moved_um = abs(float(self.motion.at(np.array([unit.y_um]))[0]) - self._seen_um.get(unit.unit_id, 0.0))
             forgiven = min(moved_um / _UNLIKE_UM, 1.0) if in_its_place else float(unit.unit_id == newcomer.unit)
@@ -248,26 +255,20 @@ class Learner:
                 best, owner, lost = likely, unit.unit_id, in_its_place
         return owner, lost
 
-    def _is_leftover(self, assign: Assign, newcomer: Newcomer, energy: float) -> bool:
+    def _is_leftover(self, bank: Bank, newcomer: Newcomer, energy: float) -> bool:
         """Tell whether newcomers are too weak to be told from leftovers, or most come, beyond chance, with larger units' spikes."""
         if energy < _BIRTH_ENERGY:
             return True
-        templates, channels = assign.bank.templates, self._snippets.neighbors[newcomer.channel]
+        templates, channels = bank.templates, self._snippets.neighbors[newcomer.channel]
         larger = (templates.energy > energy) & (templates.place[:, channels[channels >= 0]] >= 0).any(axis=1)
         times = np.sort(np.concatenate([sample_index[larger[row]] for sample_index, row in self._fired]))
         span = len(self._fired) * self._config.cluster.period_s * self._rate
         return share_near(newcomer.sample_index, times, self._echo_samples, span) > _ECHOES
 
-    def _heights(self, assign: Assign, spikes: NDArray[Any]) -> Floats:
-        heights: Floats = np.abs(spikes["amplitude_uv"]) / assign.channel_noise[spikes["channel"]]
-        return heights
-
     def move(self, prototypes: Prototypes, space: Space, members: Mapping[int, tuple[Member, ...]]) -> None:
         """Take all units to another encoder's space; `members` are what the memory held, as it embeds them."""
         self.prototypes = prototypes.in_space(space)
         self.memory = Memory(self._config.refresh, self._rate, members)
-        if self.assign is not None:
-            self.assign.move(space)
 
     def _clusters(self, peaks: NDArray[Any], embeddings: Floats, snippets: Floats, heights: Floats) -> Calibration:
         config = self._config
@@ -283,35 +284,32 @@ class Learner:
             seed=config.seed,
         )
 
-    def _place(self, row: int) -> None:
+    def _place(self, bank: Bank, row: int) -> None:
         """Note where a unit is: its main channel, and the centre of mass of its template's peak-to-peak."""
-        assert self.assign is not None
-        bank, name = self.assign.bank, self.assign.unit_ids[row]
-        if name not in self.registry.units:
+        unit = self.registry.units.get(self.unit_ids[row])
+        if unit is None:
             return
-        unit = self.registry.units[name]
         channels = bank.templates.channels[row]
         channels = channels[channels >= 0]
         size = np.ptp(bank.templates.centred[row][:, : len(channels)], axis=0).astype(np.float64) ** 2
         x, y = size @ self._probe.channel_locations[channels] / max(float(size.sum()), 1e-9)
         unit.channel_index, unit.x_um, unit.y_um = int(channels[0]), float(x), float(y)
 
-    def _welcome(self, assign: Assign, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
+    def _welcome(self, bank: Bank, prototypes: Prototypes, newcomer: Newcomer, boundary: int) -> None:
         """Take in a group of peaks that nothing explained: noise, a unit that changed, or a new one."""
-        n_samples = assign.match.n_whole
-        mean = np.zeros((n_samples, self._probe.n_channels), np.float32)
+        mean = np.zeros((self._n_whole, self._probe.n_channels), np.float32)
         channels = self._snippets.neighbors[newcomer.channel]
-        template = framed(newcomer.template[None], assign.match.n_before - self._snippets.n_before, n_samples)[0]
+        template = framed(newcomer.template[None], self._n_before - self._snippets.n_before, self._n_whole)[0]
         mean[:, channels[channels >= 0]] = template[:, channels >= 0]
-        likeness, energy = assign.bank.likeness_to(mean)
-        unit_id, lost = self._owner(assign, newcomer, likeness)
+        likeness, energy = bank.likeness_to(mean)
+        unit_id, lost = self._owner(bank, newcomer, likeness)
         if lost:
-            assign.bank.reset(assign.unit_ids.index(unit_id), mean, newcomer.n_spikes)
-        elif unit_id == UNSORTED and not (prototypes.is_noise(newcomer) or self._is_leftover(assign, newcomer, energy)):
+            bank.reset(self.unit_ids.index(unit_id), mean, newcomer.n_spikes)
+        elif unit_id == UNSORTED and not (prototypes.is_noise(newcomer) or self._is_leftover(bank, newcomer, energy)):
             unit_id = self.registry.born(boundary, "new cluster", n_spikes=newcomer.n_spikes)
-            assign.bank.add(mean, newcomer.n_spikes, newcomer.n_spikes / self._config.cluster.birth_s)
-            assign.unit_ids.append(unit_id)
-            self._place(len(assign.bank) - 1)
+            bank.add(mean, newcomer.n_spikes, newcomer.n_spikes / self._config.cluster.birth_s)
+            self.unit_ids.append(unit_id)
+            self._place(bank, len(bank) - 1)
         prototypes.add(newcomer, unit_id)
         self.memory.keep_only(prototypes.serial.tolist())
 
@@ -328,12 +326,3 @@ def noise_units(snippets: Floats, noise_level: Floats) -> Floats:
     """Return the snippets over the noise level of each channel; silent where there is none."""
     scaled: Floats = snippets / divisor(noise_level)[:, None, :]
     return scaled
-
-
-def as_spikes(peaks: NDArray[Any]) -> NDArray[np.void]:
-    """Return peaks as unsorted spikes, all but their times."""
-    spikes = np.zeros(len(peaks), SPIKE_DTYPE)
-    for name in ("sample_index", "channel", "amplitude_uv", "flags"):
-        spikes[name] = peaks[name]
-    spikes["unit_id"] = UNSORTED
-    return spikes

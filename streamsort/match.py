@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 
 from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
-from streamsort.kernels.match import STEPS, clean_snippets, peel, score_units
+from streamsort.kernels.match import advance, clean_snippets, score_units
 from streamsort.probe import Probe
 from streamsort.records import join_records
 from streamsort.templates import TemplateMaker, Templates
 
 Floats = NDArray[np.float32]
+Settled = tuple[NDArray[np.void], Floats]
 
 MATCH_DTYPE = np.dtype(
     [
@@ -39,7 +40,6 @@ MATCH_DTYPE = np.dtype(
 _N_RECENT = 256  # spikes on the whole probe within the length of what is subtracted
 _FREE_COLUMNS = 8192  # between two moves of the window
 _LONG_AGO = -(1 << 20)
-_MOST = 4096.0  # noise units; only artifacts are larger
 
 
 class Window(NamedTuple):
@@ -103,6 +103,7 @@ class Match:
         # A spike found late lies look_back behind, is rescored over a template's length, and its snippet must still be there.
         self._history = 3 * self.n_whole + 2 * (n_samples + spans.look_back + spans.sweep)
         n_columns = self._history + _FREE_COLUMNS + self.n_whole
+        self._ones = np.ones(n_channels, np.float32)
         self._window = Window(
             residual=np.zeros((n_channels, n_columns), np.float32),
             scores=np.zeros((0, n_columns), np.float32),
@@ -135,7 +136,7 @@ class Match:
         self._computed = self._history - self.n_after + 1
         self._window.scores[:, : self._history] = 0
         self._unsettled = np.zeros(0, MATCH_DTYPE)
-        self._settled: list[tuple[NDArray[np.void], Floats]] = []
+        self._settled: list[Settled] = []
         self._note_through()
 
     def use(self, templates: Templates, threshold: Floats) -> None:
@@ -169,44 +170,48 @@ class Match:
         traces[2 * self.n_whole, 0] = 10
         self(traces)
 
-    def __call__(self, traces: Floats) -> NDArray[np.void]:
+    def __call__(self, traces: Floats, level: Floats | None = None) -> NDArray[np.void]:
         """Take the next samples and return the spikes they complete.
 
         Parameters
         ----------
         traces : ndarray, shape (n_samples, n_channels), float32
-            In noise units; read-only, copied.
+            Read-only, copied.
+        level : ndarray, shape (n_channels,), float32, optional
+            What is a noise unit in each; without it traces come in noise units.
 
         Returns
         -------
         matches : ndarray, shape (n_spikes,), MATCH_DTYPE
             In the order they were found: one that another spike had hidden comes after it.
         """
-        parts = [self._step(traces[i : i + _FREE_COLUMNS]) for i in range(0, len(traces), _FREE_COLUMNS)]
+        level = self._ones if level is None else level
+        parts = [self._step(traces[i : i + _FREE_COLUMNS], level) for i in range(0, len(traces), _FREE_COLUMNS)]
         return parts[0] if len(parts) == 1 else join_records([np.zeros(0, MATCH_DTYPE), *parts])
 
-    def _step(self, traces: Floats) -> NDArray[np.void]:
-        self._append(traces)
-        computed = self._stop - self.n_after + 1
-        score_units(self._window, self.templates, self._computed, computed, self.n_before)
-        self._computed = computed
-        stop = computed - self._spans.sweep - 1
-        n = peel(self._window, self.templates, self._threshold, self._decided, stop, computed, self._spans)
-        self._decided = stop
+    def _step(self, traces: Floats, level: Floats) -> NDArray[np.void]:
+        self._make_room(len(traces))
+        at = self._stop, self._computed, self._decided
+        self._computed, self._decided, n = advance(
+            self._window, self.templates, self._threshold, np.ascontiguousarray(traces), level, at, self._spans
+        )
+        self._stop += len(traces)
         self._note_through()
+        if not n:
+            if len(self._unsettled):
+                self._settle()
+            return self._unsettled[:0]
         matches = np.zeros(n, MATCH_DTYPE)
         found = self._window.found[:n]
         matches["row"], matches["shift"], matches["collision"] = found[:, 0], found[:, 2], found[:, 3]
         matches["sample_index"] = found[:, 1] + self._origin
         for name in ("amplitude", "gain", "runner_up"):
             matches[name] = getattr(self._window, name)[:n]
-        if n:
-            self._unsettled = join_records([self._unsettled, matches])
-        if len(self._unsettled):
-            self._settle()
+        self._unsettled = join_records([self._unsettled, matches])
+        self._settle()
         return matches
 
-    def settled(self) -> tuple[NDArray[np.void], Floats]:
+    def settled(self) -> Settled:
         """Return the spikes whose surroundings are decided since the last call, and their clean snippets.
 
         Returns
@@ -215,11 +220,12 @@ class Match:
         snippets : ndarray, shape (n_spikes, n_whole, n_channels), float32
             The residual plus the spike itself, as if it had come at a whole sample and alone.
         """
-        n_channels = len(self._window.residual)
-        matches = join_records([np.zeros(0, MATCH_DTYPE), *(part for part, _ in self._settled)])
-        snippets = np.concatenate([np.zeros((0, self.n_whole, n_channels), np.float32), *(part for _, part in self._settled)])
-        self._settled.clear()
-        return matches, snippets
+        return join_settled(self.take_settled(), self.n_whole, len(self._window.residual))
+
+    def take_settled(self) -> list[Settled]:
+        """Return the same in parts, in no time."""
+        parts, self._settled = self._settled, []
+        return parts
 
     def _settle(self) -> None:
         """Cut the snippets of spikes that nothing found from now on can overlap."""
@@ -242,24 +248,30 @@ class Match:
             through = self._decided - self._spans.patience + int(deferred.argmax())
         self.through_sample = self._origin + through
 
-    def _append(self, traces: Floats) -> None:
-        window, n = self._window, len(traces)
-        if self._stop + n + self.n_whole > window.residual.shape[1]:
-            by = self._stop - self._history
-            for array in (window.residual, window.scores, window.deferred):
-                array[..., : self._history + self.n_whole] = array[..., by : self._stop + self.n_whole].copy()
-            window.residual[:, self._history + self.n_whole :] = 0
-            window.deferred[self._history + self.n_whole :] = False
-            window.last[:] = np.maximum(window.last - by, _LONG_AGO)
-            window.recent[:, 1] = np.maximum(window.recent[:, 1] - by, _LONG_AGO)
-            self._stop, self._decided, self._computed = self._stop - by, self._decided - by, self._computed - by
-            self._origin += by
-        window.residual[:, self._stop : self._stop + n] += np.rint(np.clip(traces.T, -_MOST, _MOST) * STEPS) / STEPS
-        self._stop += n
+    def _make_room(self, n_samples: int) -> None:
+        """Move the window if so many samples more would not fit."""
+        window = self._window
+        if self._stop + n_samples + self.n_whole <= window.residual.shape[1]:
+            return
+        by = self._stop - self._history
+        for array in (window.residual, window.scores, window.deferred):
+            array[..., : self._history + self.n_whole] = array[..., by : self._stop + self.n_whole].copy()
+        window.residual[:, self._history + self.n_whole :] = 0
+        window.deferred[self._history + self.n_whole :] = False
+        window.last[:] = np.maximum(window.last - by, _LONG_AGO)
+        window.recent[:, 1] = np.maximum(window.recent[:, 1] - by, _LONG_AGO)
+        self._stop, self._decided, self._computed = self._stop - by, self._decided - by, self._computed - by
+        self._origin += by
 
     def residual(self, start_sample: int, stop_sample: int) -> Floats:
         """Return what is left of the traces, (n_channels, n), a view; of the latest samples only."""
         return self._window.residual[:, start_sample - self._origin : stop_sample - self._origin]
+
+
+def join_settled(parts: list[Settled], n_whole: int, n_channels: int) -> Settled:
+    """Put parts of what `Match.settled` gives together."""
+    matches = join_records([np.zeros(0, MATCH_DTYPE), *(part for part, _ in parts)])
+    return matches, np.concatenate([np.zeros((0, n_whole, n_channels), np.float32), *(part for _, part in parts)])
 
 
 def sizes(config: MatchConfig, sampling_frequency: float) -> tuple[int, int, Spans]:

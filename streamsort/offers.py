@@ -3,7 +3,7 @@
 `SESSION/models/` is watched for contracts of new encoders. Each is loaded, compared with the one in force, and either offered to
 the sorter, which swaps at a learning boundary, or refused; after a swap the former encoder is heard for a while, and put back if
 the two part. `SESSION/reservoir.npz` is kept up to date for whoever trains. The sorter is looked at through snapshots alone, which
-the assign thread makes when asked. An offer is tried once, and whatever is wrong with it, sorting goes on.
+the sort thread makes when asked. An offer is tried once, and whatever is wrong with it, sorting goes on.
 """
 
 import hashlib
@@ -73,8 +73,8 @@ class Refresher:
         return dict(self._status)
 
     def serve(self) -> None:
-        """Make a snapshot if one is wanted (on the thread that calls the sorter's `learn`)."""
-        if self._wanted:
+        """Make a snapshot if one is wanted and nothing is being learned (on the thread that calls the sorter's `learn`)."""
+        if self._wanted and not self._sorter.learning:
             self._wanted = False
             self._snapshot = self._sorter.snapshot()
             self._arrived.set()
@@ -112,7 +112,7 @@ class Refresher:
             self._consider(path)
 
     def _ask(self) -> Snapshot | None:
-        """Have the assign thread make a snapshot; a silent source makes that take a moment."""
+        """Have the sort thread make a snapshot; a silent source makes that take a moment."""
         self._arrived.clear()
         self._wanted = True
         while not self._arrived.wait(_POLL_S):

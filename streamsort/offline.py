@@ -153,8 +153,7 @@ def _embed_all(chunks: Iterable[Chunk], sorter: Sorter, order: NDArray[np.int32]
             np.take_along_axis(noise_level, column, axis=1),
         )
     embeddings = sorter.encoder(*seen_by_encoder)
-    parts = np.split(embeddings, np.cumsum([len(batch.peaks) for batch in batches])[:-1])
-    outputs = [sorter.assign(batch, part) for batch, part in zip(batches, parts, strict=True)]  # before calibration: no units
+    outputs = [sorter.assign(batch) for batch in batches]  # before calibration: no units
     spikes = np.concatenate([output.spikes for output in outputs])
     gaps = list(itertools.chain.from_iterable(output.gaps for output in outputs))
     return Embedded(spikes, embeddings, snippets, noise_level, gaps, batches[-1].through_sample)

@@ -1,6 +1,6 @@
 """One sink behind a queue of its own, so that one that is slow or broken delays neither the sorter nor another sink.
 
-Outputs come in on the assign thread and go to the sink on the publisher's. Kept are counts of what was lost, and how long it took.
+Outputs come in on the sort thread and go to the sink on the publisher's. Kept are counts of what was lost, and how long it took.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ class Publisher:
         self._last_error = ""
 
     def hand_over(self, output: Output, t_assigned: float) -> None:
-        """Queue an output (on the assign thread)."""
+        """Queue an output (on the sort thread)."""
         weight = output.spikes.nbytes + ITEM_BYTES
         if self._live:
             self.n_dropped += self.queue.push((output, t_assigned), weight)

@@ -18,6 +18,7 @@ class BoundedQueue(Generic[T]):
     """Hand items from one thread to another, bounded by their summed weight.
 
     An item heavier than the limit is taken when the queue is empty. After `close` the rest can still be taken; after `abort` not.
+    One thread writes and one reads; any may close.
     """
 
     def __init__(self, limit: float) -> None:
@@ -25,7 +26,8 @@ class BoundedQueue(Generic[T]):
         self._items: deque[tuple[T, float]] = deque()
         self._weight = 0.0
         self._closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._arrival, self._room = _Signal(self._lock), _Signal(self._lock)
 
     def __len__(self) -> int:
         return len(self._items)
@@ -36,19 +38,20 @@ class BoundedQueue(Generic[T]):
 
     def put(self, item: T, weight: float) -> bool:
         """Append when there is room, however long that takes; False when nobody reads any more."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._has_room(weight))
+        with self._lock:
+            while not (self._closed or self._has_room(weight)):
+                self._room.wait()
             return self._append(item, weight)
 
     def offer(self, item: T, weight: float, limit: float | None = None) -> bool:
         """Append if there is room now, by another limit than the queue's own if one is given."""
-        with self._changed:
+        with self._lock:
             return self._has_room(weight, limit) and self._append(item, weight)
 
     def push(self, item: T, weight: float) -> int:
         """Append in any case; return how many of the oldest had to go."""
         n_dropped = 0
-        with self._changed:
+        with self._lock:
             while not self._has_room(weight):
                 self._weight -= self._items.popleft()[1]
                 n_dropped += 1
@@ -62,8 +65,10 @@ class BoundedQueue(Generic[T]):
 
     def take(self, limit: float = 0.0, timeout: float | None = None) -> list[T]:
         """Wait for an item and take it, with those after it up to a summed weight; none at the end, or after `timeout` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._items or self._closed, timeout)
+        with self._lock:
+            while not (self._items or self._closed):
+                if not self._arrival.wait(timeout):
+                    return []
             taken: list[T] = []
             weight = 0.0
             while self._items and (not taken or weight + self._items[0][1] <= limit):
@@ -71,7 +76,7 @@ class BoundedQueue(Generic[T]):
                 taken.append(item)
                 weight += item_weight
             self._weight -= weight
-            self._changed.notify_all()
+            self._room.give()
             return taken
 
     def __iter__(self) -> Iterator[T]:
@@ -81,17 +86,17 @@ class BoundedQueue(Generic[T]):
 
     def close(self) -> None:
         """Say that nothing more will be put."""
-        with self._changed:
+        with self._lock:
             self._closed = True
-            self._changed.notify_all()
+            self._arrival.give()
+            self._room.give()
 
     def abort(self) -> None:
         """Discard what is waiting and refuse what is put from now on."""
-        with self._changed:
+        with self._lock:
             self._items.clear()
             self._weight = 0.0
-            self._closed = True
-            self._changed.notify_all()
+        self.close()
 
     def _has_room(self, weight: float, limit: float | None = None) -> bool:
         return not self._items or self._weight + weight <= (self._limit if limit is None else limit)
@@ -101,5 +106,36 @@ class BoundedQueue(Generic[T]):
             return False
         self._items.append((item, weight))
         self._weight += weight
-        self._changed.notify_all()
+        self._arrival.give()
         return True
+
+
+class _Signal:
+    """Wake the one thread that waits, if one does; both sides hold the queue's lock, which is let go while waiting.
+
+    A `threading.Condition` does the same in Python, with a new lock for each wait: some 30 us of the interpreter for every item.
+    """
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock = lock
+        self._awaited = False
+        self._given = threading.Lock()
+        self._given.acquire()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait to be woken, spuriously too; False after `timeout` seconds."""
+        self._awaited = True
+        self._lock.release()
+        try:
+            given = self._given.acquire(timeout=-1 if timeout is None else timeout)
+        finally:
+            self._lock.acquire()
+        if not given and not self._awaited:  # woken between the timeout and here
+            given = self._given.acquire()
+        self._awaited = False
+        return given
+
+    def give(self) -> None:
+        if self._awaited:
+            self._awaited = False
+            self._given.release()

@@ -76,10 +76,11 @@ class Member(NamedTuple):
 
 
 class Period(NamedTuple):
-    """All peaks of one learning period, row by row: the unit each was given, its whitened embedding, its snippet (noise units)."""
+    """All peaks of one learning period, row by row, snippets in noise units; `unit` is what the embedding says it is."""
 
     peaks: NDArray[Any]
     unit: Ints
+    published: Ints
     white: Floats
     snippets: Floats
 

@@ -3,30 +3,34 @@
     chunk -> preprocess -> traces (n_samples, n_channels) uV
           -> detect     -> peaks (n_peaks,)
           -> snippets   -> (n_peaks, n_snippet_samples, n_neighbors) uV
-          -> encode     -> embeddings (n_peaks, n_dims)
           -> assign     -> spikes (n_peaks,)
-          -> learn         prototypes follow, units are born, at fixed multiples of sample_index
 
-Synchronous and deterministic: no thread, no clock. `process` runs the steps in a row; the threads of `stream.py` call the same
-methods, `detect` in one thread and `encode`, `assign`, `learn` in another, so both give the same spikes. Whatever adapts does so
-only where `_cut` splits the stream, at fixed sample indices; that is why the size of the chunks makes no difference, down to the
-last bit.
+    at fixed multiples of sample_index, beside that path:
+    snippets -> encode  -> embeddings (n_peaks, n_dims)
+             -> learn   -> templates and prototypes follow, units are born
+
+Deterministic: no clock, and the same spikes in one thread or two. What a period teaches may be learned in a thread of a pool; it
+takes force at the end of the next period, never sooner and never later. Whatever adapts does so only where `_cut` splits the
+stream, at fixed sample indices; that is why the size of the chunks makes no difference, down to the last bit.
 """
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsort.assign import Assign, Known, as_spikes
 from streamsort.choose import choose_encoder
 from streamsort.config import SorterConfig
 from streamsort.detect import Detect
 from streamsort.encode import Encoder
 from streamsort.errors import StreamsortError
-from streamsort.learner import TURNS, Learner, as_spikes
+from streamsort.learner import Learner
 from streamsort.match import sizes
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
@@ -83,8 +87,12 @@ class Sorter:
         _, n_after, spans = sizes(config.match, rate)
         self._match_margin = n_after + spans.sweep
         self._learner = Learner(config, self.probe, rate, self._snippets, self.encoder.n_dims)
+        self._assign: Assign | None = None
+        self._gathered: list[PeakBatch] = []
+        self._lesson: Future[Known | None] | None = None
+        self._events: list[dict[str, Any]] = []
         self._offers: deque[tuple[Verdict, Encoder | None]] = deque()
-        self._turn_samples = max(round(config.cluster.period_s * rate / TURNS), 1)
+        self._period_samples = max(round(config.cluster.period_s * rate), 1)
         self._warmup_samples = round(config.warmup_s * rate)
         self._next_sample: int | None = None
         self._through_sample = self._published_through = 0
@@ -96,7 +104,7 @@ class Sorter:
 
     @property
     def calibrated(self) -> bool:
-        return self._learner.assign is not None
+        return self._assign is not None
 
     @property
     def progress(self) -> float:
@@ -107,12 +115,19 @@ class Sorter:
         self.encoder.warmup()
         self._learner.warmup(self.encoder.n_dims)
 
-    def process(self, chunk: Chunk) -> list[Output]:
-        """Take the next chunk through all steps; one output per stretch between learning boundaries."""
+    def process(self, chunk: Chunk, pool: Executor | None = None) -> list[Output]:
+        """Take the next chunk through all steps; one output per stretch between learning boundaries.
+
+        Parameters
+        ----------
+        chunk : Chunk
+        pool : Executor, optional
+            Of threads, where lessons are learned.
+        """
         outputs = []
         for batch in self.detect(chunk):
-            outputs.append(self.assign(batch, self.encode([batch])[0]))
-            self.learn()
+            outputs.append(self.assign(batch))
+            self.learn(pool)
         return outputs
 
     def detect(self, chunk: Chunk) -> list[PeakBatch]:
@@ -142,31 +157,22 @@ class Sorter:
         self._next_sample = start + len(traces)
         return batches
 
-    def encode(self, batches: Sequence[PeakBatch]) -> list[Floats]:
-        """Embed the snippets of several batches in one go; a row's bits do not depend on the others."""
-        if not any(len(batch.peaks) for batch in batches):  # at 1 ms most are empty
-            return [np.empty((0, self.encoder.n_dims), np.float32)] * len(batches)
-        snippets = np.concatenate([batch.snippets for batch in batches])
-        embeddings = self.encoder(snippets, np.concatenate([batch.noise_level for batch in batches]))
-        return np.split(embeddings, np.cumsum([len(batch.peaks) for batch in batches])[:-1])
-
-    def assign(self, batch: PeakBatch, embeddings: Floats) -> Output:
+    def assign(self, batch: PeakBatch) -> Output:
         """Name the spikes that this batch decides; nothing is learned."""
-        learner = self._learner
-        if batch.start_sample > self._through_sample and learner.prototypes is not None:
-            learner.prototypes.skip_gap()
-            learner.registry.skip_gap(batch.start_sample - self._through_sample)
-        self._through_sample = batch.through_sample
-        if learner.assign is None or learner.prototypes is None:
-            learner.gather(batch, embeddings)
+        if self._assign is None:
+            self._gathered.append(batch)
             spikes, through = as_spikes(batch.peaks), batch.through_sample - self._detect.margin
         else:
-            spikes = learner.name(learner.assign, learner.prototypes, batch, embeddings)
-            through = learner.assign.through_sample
-        spikes["sample_index"] -= self._preprocess.delay_samples
-        if len(spikes) > 1:
-            spikes = spikes[np.lexsort((spikes["unit_id"], spikes["sample_index"]))]
-        spikes["time"] = batch.t_origin + spikes["sample_index"] / self.info.sampling_frequency
+            if batch.start_sample > self._through_sample:
+                self._assign.skip_gap(batch.start_sample - self._through_sample)
+            spikes = self._assign(batch)
+            through = self._assign.through_sample
+        self._through_sample = batch.through_sample
+        if len(spikes):
+            spikes["sample_index"] -= self._preprocess.delay_samples
+            if len(spikes) > 1:
+                spikes = spikes[np.lexsort((spikes["unit_id"], spikes["sample_index"]))]
+            spikes["time"] = batch.t_origin + spikes["sample_index"] / self.info.sampling_frequency
         self._published_through = max(through - self._preprocess.delay_samples, 0)
         return Output(
             self._published_through,
@@ -177,23 +183,49 @@ class Sorter:
             model=self.encoder.name,
         )
 
-    def learn(self) -> None:
-        """At a learning boundary: calibrate once, later let units follow and appear. Elsewhere do nothing."""
-        boundary = self._through_sample // self._turn_samples * self._turn_samples
-        learner, turn = self._learner, boundary // self._turn_samples % TURNS
-        if learner.assign is None or learner.prototypes is None:
-            if boundary > self._learned_through and turn == 0:
-                learner.follow_tissue()
-                self._learned_through = boundary
-            if self._through_sample >= self._warmup_samples:
-                learner.follow_tissue()
-                learner.calibrate(self._through_sample, self._through_sample - self._detect.margin)
-                self._learned_through = boundary
-        elif boundary > self._learned_through:
-            learner.learn(learner.assign, learner.prototypes, boundary, turn)
-            self._learned_through = boundary
-            while turn == 1 and self._offers:  # when no peak waits in the former space
-                self._decide(*self._offers.popleft(), self._published_through)
+    def learn(self, pool: Executor | None = None) -> None:
+        """At a learning boundary: go by what the last period but one has taught, and let the last one teach. Elsewhere do nothing.
+
+        Parameters
+        ----------
+        pool : Executor, optional
+            Of threads; without it the lesson is learned before this returns. The spikes are the same.
+        """
+        boundary = self._through_sample // self._period_samples * self._period_samples
+        warm = self._assign is None and self._through_sample >= self._warmup_samples
+        if boundary <= self._learned_through and not warm:
+            return
+        self.settle()
+        lesson: Callable[[], Known | None]
+        if self._assign is None:
+            batches, self._gathered = self._gathered, []
+            lesson = partial(self._learner.gather, self.encoder, batches)
+        else:
+            lesson = partial(self._learner.learn, self.encoder, self._assign.take_notes(), boundary)
+        self._lesson = pool.submit(lesson) if pool is not None else _learned(lesson)
+        self._learned_through = boundary
+        if warm:
+            self.settle()
+            self._assign = self._learner.calibrate(self._through_sample, self._through_sample - self._detect.margin)
+            self._events += self._learner.registry.take_events()
+
+    def settle(self) -> None:
+        """Wait for the lesson under way, if there is one, and go by it from now on; raise what it raised."""
+        if self._lesson is None:
+            return
+        lesson, self._lesson = self._lesson, None
+        known = lesson.result()
+        if known is None or self._assign is None:
+            return
+        self._assign.use(known)
+        while self._offers:
+            self._decide(*self._offers.popleft(), self._published_through)
+        self._events += self._learner.registry.take_events()
+
+    @property
+    def learning(self) -> bool:
+        """Whether a lesson is under way."""
+        return self._lesson is not None and not self._lesson.done()
 
     def offer(self, verdict: Verdict, encoder: Encoder | None = None) -> None:
         """Let another encoder take over at the next learning boundary, or a refusal be told then; from any thread.
@@ -211,7 +243,10 @@ class Sorter:
         self._offers.append((verdict, encoder))
 
     def snapshot(self) -> Snapshot | None:
-        """Return units and memory as they were at the last learning boundary; None before there are units."""
+        """Return units and memory as they were at the last learning boundary; None before there are units.
+
+        Not while `learning`.
+        """
         learner = self._learner
         if learner.prototypes is None:
             return None
@@ -219,12 +254,13 @@ class Sorter:
         return Snapshot(self._learned_through, self.encoder, copied, learner.memory.members(), learner.memory.periods())
 
     def take_events(self) -> list[dict[str, Any]]:
-        """Hand over the ledger lines that no output has carried yet: those of the last `learn`."""
-        return self._learner.registry.take_events()
+        """Hand over the ledger lines that no output has carried yet."""
+        events, self._events = self._events, []
+        return events
 
     def units_table(self) -> list[dict[str, Any]]:
-        """List the units as the `units` topic publishes them."""
-        return self._learner.registry.table(self._through_sample)
+        """List the units as the `units` topic publishes them, as they were at the last learning boundary."""
+        return self._learner.table
 
     def counters(self) -> dict[str, Any]:
         """Say what is in use, for the status."""
@@ -275,7 +311,7 @@ class Sorter:
         """Split [start, end) at every sample index at which something may change."""
         stretches = []
         while start < end:
-            steps = self._turn_samples, self._preprocess.period_samples, _MOST_SAMPLES
+            steps = self._period_samples, self._preprocess.period_samples, _MOST_SAMPLES
             stop = min(end, *((start // step + 1) * step for step in steps))
             if start < self._warmup_samples < stop:
                 stop = self._warmup_samples
@@ -303,7 +339,7 @@ class Sorter:
 
     def _noise_of(self, peaks: NDArray[Any]) -> Floats:
         level = self._preprocess.noise_level
-        if level is None:
+        if level is None or not len(peaks):
             return np.zeros((len(peaks), self.config.snippets.n_neighbors), np.float32)
         channels = self._snippets.neighbors[peaks["channel"]]
         return np.where(channels >= 0, level[channels], np.float32(0))
@@ -316,3 +352,10 @@ class Sorter:
         self._learner.registry.record(
             "model", sample_index, None, verdict.reason, model=self.encoder.name, sha256=self.encoder.sha256, **verdict.figures()
         )
+
+
+def _learned(lesson: Callable[[], Known | None]) -> Future[Known | None]:
+    """Learn a lesson here and now."""
+    future: Future[Known | None] = Future()
+    future.set_result(lesson())
+    return future

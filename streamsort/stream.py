@@ -1,31 +1,32 @@
 """The threads of a running sorter; the only file that starts any to sort, and that holds queues between them.
 
-Chunks of a `Source` go in, each `Output` goes to every sink, and between them are the threads acquire, detect, assign and one
-publisher per sink, each behind a bounded queue. They only move what the `Sorter` computes, so the spikes are those of
-`Sorter.process` called in a loop. Beside them a thread looks after offers of a new encoder, if there is a session directory.
+Chunks of a `Source` go in, each `Output` goes to every sink, and between them are the threads acquire, sort and one publisher per
+sink, each behind a bounded queue. They only move what the `Sorter` computes, so the spikes are those of `Sorter.process` called in
+a loop. Detection and assignment share a thread: each takes a fraction of a millisecond, and handing over between threads of one
+interpreter costs as much. Beside them one thread learns, and one looks after offers of a new encoder, if there is a session
+directory.
 
-When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait:
-detection still waits for assignment, but once `queue_s` seconds of chunks are waiting for detection (`calibration_queue_s` until
-calibration is caught up with), new ones are dropped, and the next one taken carries a `Gap` of kind `overrun`; and a sink that does
-not keep up loses its oldest outputs, for itself alone.
+When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait: once
+`queue_s` seconds of chunks are waiting (`calibration_queue_s` until calibration is caught up with), new ones are dropped, and the
+next one taken carries a `Gap` of kind `overrun`; and a sink that does not keep up loses its oldest outputs, for itself alone.
 """
 
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from streamsort.config import StreamConfig
 from streamsort.latency import LatencyHistogram, low_latency
 from streamsort.offers import Refresher
 from streamsort.publish import Publisher
-from streamsort.queues import ITEM_BYTES, BoundedQueue
+from streamsort.queues import BoundedQueue
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Flag, Gap, Output, PeakBatch
 from streamsort.session import SessionWriter
 from streamsort.sinks import Archive, Sink
@@ -33,8 +34,6 @@ from streamsort.sorter import Sorter
 from streamsort.sources import Source
 
 _JOINED_S = 0.01  # at 1 ms a chunk costs twice as much per sample
-_ENCODE_BYTES = 2 << 20  # about 1000 snippets: past that, waiting for more costs latency and wins no throughput
-_BATCHES_BYTES = 64 << 20
 _SINK_BYTES = 16 << 20  # some 10 s of a busy probe
 _ABORT_S, _JOIN_STEP_S = 2.0, 0.2
 _ARCHIVE_BYTES = 256 << 20  # some minutes: what an archive loses is lost for good
@@ -96,7 +95,6 @@ class Stream:
         self._config = sorter.config.stream if config is None else config
         self._live = source.info.live
         self._chunks: BoundedQueue[Chunk] = BoundedQueue(self._config.queue_s * source.info.sampling_frequency)
-        self._batches: BoundedQueue[tuple[PeakBatch, float]] = BoundedQueue(_BATCHES_BYTES)
         self._publishers = [Publisher(sink, _SINK_BYTES, self._live) for sink in sinks]
         self._archive = archive
         if archive is not None:
@@ -118,6 +116,7 @@ class Stream:
         self._stopping = threading.Event()
         self._ended = threading.Event()
         self._failure: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, "streamsort-learn")
         self._restore = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -142,12 +141,11 @@ class Stream:
             raise
         self._restore.enter_context(low_latency())
         self._add_thread("acquire", self._acquire, None, [self._chunks])
-        self._add_thread("detect", self._detect, self._chunks, [self._batches])
-        after_assign: list[_Outbox] = [publisher.queue for publisher in self._publishers]
+        outboxes: list[_Outbox] = [publisher.queue for publisher in self._publishers]
         if self._refresher is not None:
-            after_assign.append(self._refresher)
+            outboxes.append(self._refresher)
             self._add_thread("refresh", self._refresher.run, None, [])
-        self._add_thread("assign", self._assign, self._batches, after_assign)
+        self._add_thread("sort", self._sort, self._chunks, outboxes)
         for k, publisher in enumerate(self._publishers):
             self._add_thread(f"publish-{k}-{publisher.name}", publisher.run, publisher.queue, [])
         self._n_running = len(self._threads)
@@ -188,7 +186,7 @@ class Stream:
         A sink that hangs is left to itself after two seconds.
         """
         self._spoil_archive()
-        queues: list[BoundedQueue[Any]] = [self._chunks, self._batches, *(publisher.queue for publisher in self._publishers)]
+        queues: list[BoundedQueue[Any]] = [self._chunks, *(publisher.queue for publisher in self._publishers)]
         for queue in queues:
             queue.abort()
         self._stop_acquiring()
@@ -198,8 +196,9 @@ class Stream:
         """Return counters, queue depths and latencies in ms; from any thread, and ready for JSON.
 
         The stages follow each other: `acquire` is from the newest sample of a chunk to the chunk, `detect` from there to its peaks,
-        `assign` from there to units, `publish` from there until the sink has returned; each with the time in its queue. `total` is
-        from the trough of each spike to the sink's return, so it holds `floor_ms` of look-ahead and the filling of the chunk too.
+        with the time in the queue, `assign` from there to units, `publish` from there until the sink has returned, with the time in
+        its queue. `total` is from the trough of each spike to the sink's return, so it holds `floor_ms` of look-ahead and the
+        filling of the chunk too.
         `acquire` and `total` exist for a live source only, whose samples have a time on the host's clock.
         """
         counts = self._counts
@@ -215,7 +214,7 @@ class Stream:
             "refresh": {} if self._refresher is None else self._refresher.status(),
             "outputs_dropped": sum(publisher.n_dropped for publisher in self._publishers),
             "sink_errors": sum(publisher.n_errors for publisher in self._publishers),
-            "queues": {"chunks_ms": self._chunks.weight * milliseconds, "batches": len(self._batches)},
+            "queues": {"chunks_ms": self._chunks.weight * milliseconds},
             "sinks": [publisher.status() for publisher in self._publishers],
             "latency_ms": {stage: histogram.summary() for stage, histogram in self._latency.items()},
             "latency_interval_ms": {stage: histogram.interval() for stage, histogram in self._latency.items()},
@@ -261,51 +260,38 @@ class Stream:
         else:
             self._dropped += [*chunk.gaps, Gap(chunk.start_sample, chunk.n_samples, "overrun")]
 
-    def _detect(self) -> None:
-        """Detect in what is waiting, a little of it at a time: one long chunk costs less than many short ones."""
+    def _sort(self) -> None:
+        """Sort what is waiting, a little of it at a time: one long chunk costs less than many short ones."""
         most = _JOINED_S * self._source.info.sampling_frequency
-        while taken := self._chunks.take(most):
-            for chunk in Chunk.joined(taken):
-                for batch in self._sorter.detect(chunk):
-                    now = time.monotonic()
-                    self._latency["detect"].add(now - chunk.t_acquired)
-                    self._batches.put((batch, now), batch.snippets.nbytes + batch.traces.nbytes + ITEM_BYTES)
-
-    def _assign(self) -> None:
-        """Encode all that is waiting in one go, so that batches form by themselves under load."""
-        while (taken := self._batches.take(_ENCODE_BYTES, self._config.status_s)) or not self._batches.ended:
+        while (taken := self._chunks.take(most, self._config.status_s)) or not self._chunks.ended:
             if not taken:  # the source is silent, which is when its status is wanted most
                 self._say_status()
                 self._serve_refresher()
-            for batch, t_detected, rows in self._encoded(taken):
-                output = self._sorter.assign(batch, rows)
-                now = time.monotonic()
-                self._latency["assign"].add(now - t_detected)
-                self._count(output, now)
-                if now >= self._status_due:
-                    self._attach_status(output, now)
-                self._hand_over(output, now)
-                self._sorter.learn()
-                self._serve_refresher()
+            for chunk in Chunk.joined(taken):
+                for batch in self._sorter.detect(chunk):
+                    self._assign(batch)
         self._conclude()
 
-    def _encoded(self, taken: list[tuple[PeakBatch, float]]) -> Iterator[tuple[PeakBatch, float, NDArray[np.float32]]]:
-        """Encode batches in one go, and those after a swap of the encoder again."""
-        while taken:
-            encoder = self._sorter.encoder
-            embeddings = self._sorter.encode([batch for batch, _ in taken])
-            n_done = 0
-            while n_done < len(taken) and self._sorter.encoder is encoder:
-                yield *taken[n_done], embeddings[n_done]
-                n_done += 1
-            taken = taken[n_done:]
+    def _assign(self, batch: PeakBatch) -> None:
+        t_detected = time.monotonic()
+        self._latency["detect"].add(t_detected - batch.t_acquired)
+        output = self._sorter.assign(batch)
+        now = time.monotonic()
+        self._latency["assign"].add(now - t_detected)
+        self._count(output, now)
+        if now >= self._status_due:
+            self._attach_status(output, now)
+        self._hand_over(output, now)
+        self._sorter.learn(self._pool)
+        self._serve_refresher()
 
     def _serve_refresher(self) -> None:
         if self._refresher is not None:
             self._refresher.serve()
 
     def _conclude(self) -> None:
-        """Hand over one more output: what was dropped last, which no chunk could tell of, and the final status."""
+        """Hand over one more output: what was dropped last, which no chunk could tell of, the last events and the final status."""
+        self._sorter.settle()
         if self._archive is not None and self._publishers[-1].n_dropped:
             self._spoil_archive()
         self._say_status(list(self._dropped))
@@ -401,4 +387,5 @@ class Stream:
         else:
             for thread in self._threads:
                 thread.join()
+        self._pool.shutdown(wait=self._ended.is_set())
         self._restore.close()

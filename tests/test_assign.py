@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scenes import N_BEFORE, RATE, SPANS, Cell, Event, add_spikes, maker, mean_snippets
 
-from streamsort.assign import Assign, Explained, explain
+from streamsort.assign import Assign, Explained, Known, explain
 from streamsort.bank import Bank
-from streamsort.cluster import Assignment, Space
 from streamsort.config import SorterConfig
 from streamsort.match import MATCH_DTYPE
 from streamsort.probe import Probe
@@ -35,8 +34,13 @@ def bank() -> Bank:
     return Bank(maker(PROBE), mean_snippets(CELLS, PROBE), np.full(2, 200), np.full(2, 10.0), RATE)
 
 
+def known(units: Bank | None = None, unit_ids: Iterable[int] = UNIT_IDS) -> Known:
+    units, names = units or bank(), np.array(list(unit_ids), np.int64)
+    return Known(units.templates, units.threshold, names, np.zeros(len(names), np.uint16))
+
+
 def assigner(published_through: int = 0) -> Assign:
-    return Assign(CONFIG, PROBE, RATE, NOISE_UV, bank(), list(UNIT_IDS), published_through)
+    return Assign(CONFIG, PROBE, RATE, NOISE_UV, known(), published_through)
 
 
 def peaks_at(*where: tuple[int, int]) -> NDArray[Any]:
@@ -46,14 +50,12 @@ def peaks_at(*where: tuple[int, int]) -> NDArray[Any]:
     return peaks
 
 
-def batch_of(traces: Floats, start_sample: int, peaks: NDArray[Any], near_gap: bool = False) -> tuple[PeakBatch, Assignment | None]:
-    """Make a batch of traces in noise units and of some peaks; whitened embeddings count the peaks' samples."""
+def batch_of(traces: Floats, start_sample: int, peaks: NDArray[Any], near_gap: bool = False) -> PeakBatch:
+    """Make a batch of traces in noise units and of some peaks; each snippet is full of its peak's sample."""
     snippets, level = np.zeros((len(peaks), 48, 11), np.float32), np.ones((len(peaks), 11), np.float32)
+    snippets[:] = peaks["sample_index"][:, None, None]
     unusable = np.full(len(traces), near_gap)
-    batch = PeakBatch(start_sample, start_sample + len(traces), peaks, snippets, level, traces * NOISE_UV, unusable, NOISE_UV)
-    nowhere, nothing = np.full(len(peaks), UNSORTED, np.int64), np.zeros(len(peaks), np.float32)
-    white = peaks["sample_index"].astype(np.float32)[:, None]
-    return batch, Assignment(nowhere, nowhere, white, nothing, nothing) if len(peaks) else None
+    return PeakBatch(start_sample, start_sample + len(traces), peaks, snippets, level, traces * NOISE_UV, unusable, NOISE_UV)
 
 
 Result = tuple[NDArray[Any], list[Explained]]
@@ -61,21 +63,22 @@ Result = tuple[NDArray[Any], list[Explained]]
 
 def run(assign: Assign, traces: Floats, peaks: NDArray[Any], sizes: Iterable[int], start_sample: int = 0) -> Result:
     """Feed traces in chunks; a peak comes with the chunk that holds the last sample of its snippet, 30 later."""
-    spikes, explained = [], []
+    spikes = []
     for a, b in checks.pieces(start_sample, start_sample + len(traces), sizes, PERIOD):
         due = (peaks["sample_index"] + 30 >= a) & (peaks["sample_index"] + 30 < b)
-        matches, decided = assign(*batch_of(traces[a - start_sample : b - start_sample], a, peaks[due]))
-        spikes.append(assign.spikes(matches))
-        explained += decided
-    return np.concatenate(spikes), explained
+        spikes.append(assign(batch_of(traces[a - start_sample : b - start_sample], a, peaks[due])))
+    return named(np.concatenate(spikes)), assign.take_notes().explained
+
+
+def named(spikes: NDArray[Any]) -> NDArray[Any]:
+    return spikes[spikes["unit_id"] != UNSORTED]
 
 
 def columns(result: Result) -> tuple[NDArray[Any], ...]:
     spikes, explained = result
     assert explained
-    names = "peaks", "unit", "strange"
-    joined = [np.concatenate([getattr(one, name) for one in explained]) for name in names]
-    return spikes, *joined, np.concatenate([one.assignment.white for one in explained])
+    names = "peaks", "unit", "strange", "snippets"
+    return spikes, *(np.concatenate([getattr(one, name) for one in explained]) for name in names)
 
 
 def units_of(result: Result) -> dict[tuple[int, int], int]:
@@ -129,7 +132,7 @@ def test_what_a_large_spike_leaves_of_itself_is_not_strange() -> None:
     """No spike is quite its template; what is left of a large one is above the threshold, and a peak there is still its own."""
     template, actual = Cell(40.0, 40.0, 15.0), Cell(40.0, 40.0, 15.0, width=3.0)
     large = Bank(maker(PROBE), template.at(PROBE)[None], np.full(1, 200), np.full(1, 10.0), RATE)
-    assign = Assign(CONFIG, PROBE, RATE, NOISE_UV, large, [5], 0)
+    assign = Assign(CONFIG, PROBE, RATE, NOISE_UV, known(large, [5]), 0)
     traces = quiet()
     add_spikes(traces, [actual], PROBE, [Event(0, 300)])
     found = run(assign, traces, peaks_at((304, 2)), [100])
@@ -165,7 +168,7 @@ def test_nothing_explains_without_spikes_and_nothing_is_explained_without_peaks(
 
 def test_units_that_ended_explain_nothing() -> None:
     assign = assigner()
-    assign.unit_ids[0] = UNSORTED
+    assign.use(known(unit_ids=[UNSORTED, 3]))
     found = run(assign, with_events(quiet(), Event(0, 300)), peaks_at((300, 2)), [100])
     assert units_of(found) == {(300, 2): UNSORTED}
 
@@ -174,32 +177,20 @@ def test_a_later_unit_explains_later_peaks() -> None:
     assign = assigner()
     traces = with_events(quiet(3000), Event(2, 700), Event(2, 2200))
     early = run(assign, traces[:1500], peaks_at((700, 12)), [100])
-    assign.bank.add(STRANGER.at(PROBE), 20, 5.0)
-    assign.unit_ids.append(11)
-    assign.refresh()
+    more = bank()
+    more.add(STRANGER.at(PROBE), 20, 5.0)
+    assign.use(known(more, [*UNIT_IDS, 11]))
     late = run(assign, traces[1500:], peaks_at((2200, 12)), [100], 1500)
     assert units_of(early) == {(700, 12): UNSORTED} and units_of(late) == {(2200, 12): 11}
     assert late[0]["unit_id"].tolist() == [11]
 
 
-def test_each_peak_comes_out_once_with_its_own_embedding() -> None:
+def test_each_peak_comes_out_once_with_its_own_snippet() -> None:
     peaks = peaks_at(*[(at, 2) for at in range(200, 1200, 37)])
-    spikes, decided, unit, strange, white = columns(run(assigner(), quiet(), peaks, [64]))
+    spikes, decided, unit, strange, snippets = columns(run(assigner(), quiet(), peaks, [64]))
     assert decided.tobytes() == peaks.tobytes() and len(unit) == len(strange) == len(peaks)
-    np.testing.assert_array_equal(white[:, 0], peaks["sample_index"])
+    np.testing.assert_array_equal(snippets[:, 0, 0], peaks["sample_index"])
     assert not len(spikes)
-
-
-def test_what_waits_goes_to_another_encoders_space() -> None:
-    assign = assigner()
-    traces, peaks = quiet(), peaks_at((400, 2), (440, 12))
-    run(assign, traces[:471], peaks, [471])
-    one, none = np.ones((1, 1), np.float32), np.zeros(0, np.float32)
-    space = Space(one, 2 * one, 5 * one[0], np.zeros(0, np.int64), none[:, None], none)
-    assign.move(space)
-    _, decided, _, _, white = columns(run(assign, traces[471:], peaks_at((900, 2)), [100], 471))
-    assert decided["sample_index"].tolist()[-2:] == [440, 900]
-    assert white[:, 0].tolist()[-2:] == [2 * 440 + 5, 900]
 
 
 # --- spikes --------------------------------------------------------------------------------------------------------------
@@ -226,10 +217,7 @@ def test_overlapping_spikes_are_flagged() -> None:
 def test_spikes_near_a_gap_are_flagged() -> None:
     assign = assigner()
     traces = with_events(quiet(1600), Event(0, 300), Event(0, 810), Event(0, 1200))
-    spikes = [
-        assign.spikes(assign(*batch_of(traces[a : a + 400], a, peaks_at(), near_gap=a == 400))[0]) for a in range(0, 1600, 400)
-    ]
-    joined = np.concatenate(spikes)
+    joined = np.concatenate([assign(batch_of(traces[a : a + 400], a, peaks_at(), near_gap=a == 400)) for a in range(0, 1600, 400)])
     assert joined["sample_index"].tolist() == [300, 810, 1200]
     assert (joined["flags"] & Flag.NEAR_GAP > 0).tolist() == [False, True, False]
 
@@ -238,11 +226,11 @@ def test_confidence_tells_sure_spikes_from_doubtful_ones() -> None:
     twins = [Cell(9.0, 40.0, 18.0), Cell(9.0, 46.0, 18.0)]
     means = mean_snippets([*twins, Cell(3.0, 200.0, 18.0, width=3.0)], PROBE)
     both = Bank(maker(PROBE), means, np.full(3, 200), np.full(3, 10.0), RATE)
-    assign = Assign(CONFIG, PROBE, RATE, NOISE_UV, both, [0, 1, 2], 0)
+    assign = Assign(CONFIG, PROBE, RATE, NOISE_UV, known(both, [0, 1, 2]), 0)
     traces = np.zeros((1500, 14), np.float32)
     between = Cell(9.0, 43.0, 18.0)
     add_spikes(traces, [between, twins[0], Cell(3.0, 200.0, 18.0, width=3.0)], PROBE, [Event(0, 300), Event(1, 600), Event(2, 900)])
-    spikes = assign.spikes(assign(*batch_of(traces, 0, peaks_at()))[0])
+    spikes = assign(batch_of(traces, 0, peaks_at()))
     confidence = dict(zip(spikes["sample_index"].tolist(), spikes["confidence"].tolist(), strict=True))
     assert confidence[300] < 0.9 < confidence[600]
     assert all(0 <= value <= 1 for value in confidence.values()) and set(confidence) == {300, 600, 900}
@@ -251,7 +239,7 @@ def test_confidence_tells_sure_spikes_from_doubtful_ones() -> None:
 def test_a_dead_channel_is_silent() -> None:
     level = NOISE_UV.copy()
     level[2] = 0
-    assign = Assign(CONFIG, PROBE, RATE, level, bank(), list(UNIT_IDS), 0)
+    assign = Assign(CONFIG, PROBE, RATE, level, known(), 0)
     spikes, _ = run(assign, with_events(quiet(), Event(1, 700)), peaks_at(), [100])
     assert spikes["unit_id"].tolist() == [3] and np.isfinite(spikes["amplitude_uv"]).all()
 
@@ -267,9 +255,8 @@ def test_running_in_finds_the_spike_that_began_before() -> None:
     traces = with_events(quiet(1500), Event(0, 600), Event(0, 300))
     assign = assigner()
     assign.run_in(0, traces[:605])
-    matches, _ = assign(*batch_of(traces[605:], 605, peaks_at()))
-    assert matches["sample_index"].tolist() == [600]
-    assert not (assigner()(*batch_of(traces[605:], 605, peaks_at()))[0]["sample_index"] == 600).any()
+    assert assign(batch_of(traces[605:], 605, peaks_at()))["sample_index"].tolist() == [600]
+    assert not (assigner()(batch_of(traces[605:], 605, peaks_at()))["sample_index"] == 600).any()
 
 
 # --- the stage -----------------------------------------------------------------------------------------------------------
@@ -314,23 +301,23 @@ def test_a_peak_is_decided_before_through_sample_and_not_earlier() -> None:
     assign = assigner()
     for a, b in checks.pieces(0, LENGTH, [53], PERIOD):
         due = (PEAKS["sample_index"] + 30 >= a) & (PEAKS["sample_index"] + 30 < b)
-        known = assign.through_sample
-        matches, explained = assign(*batch_of(BUSY[a:b], a, PEAKS[due]))
-        assert (matches["sample_index"] >= known).all()
-        for one in explained:
-            assert (one.peaks["sample_index"] >= known).all() and (one.peaks["sample_index"] < assign.through_sample).all()
+        before = assign.through_sample
+        spikes = assign(batch_of(BUSY[a:b], a, PEAKS[due]))
+        assert (spikes["sample_index"] >= before).all()
+        for one in assign.take_notes().explained:
+            assert (one.peaks["sample_index"] >= before).all() and (one.peaks["sample_index"] < assign.through_sample).all()
     assert assign.through_sample > LENGTH - 200
 
 
 def test_traces_are_neither_written_nor_remembered() -> None:
     one, other, traces = assigner(), assigner(), BUSY.copy()
     for a in range(0, 3000, 500):
-        batch, assignment = batch_of(traces[a : a + 500], a, PEAKS[:0])
+        batch = batch_of(traces[a : a + 500], a, PEAKS[:0])
         before = batch.traces.copy()
-        found = one(batch, assignment)[0]
+        found = one(batch)
         np.testing.assert_array_equal(batch.traces, before)
         batch.traces[:] = 1e6
-        expected = other(*batch_of(BUSY[a : a + 500], a, PEAKS[:0]))[0]
+        expected = other(batch_of(BUSY[a : a + 500], a, PEAKS[:0]))
         assert found.tobytes() == expected.tobytes()
 
 
@@ -339,18 +326,20 @@ def test_after_a_gap_peaks_before_it_are_out_and_those_after_it_explained() -> N
     traces = with_events(quiet(), Event(0, 300), Event(0, 1450))
     run(assign, traces[:1480], peaks_at((300, 2), (1440, 12)), [1480])
     after = with_events(quiet(), Event(1, 200))
-    matches, explained = assign(*batch_of(after, 50_000, peaks_at((50_200, 4))))
-    assert matches["sample_index"].tolist() == [50_200] and matches["row"].tolist() == [1]
+    spikes = named(assign(batch_of(after, 50_000, peaks_at((50_200, 4)))))
+    assert spikes["sample_index"].tolist() == [50_200] and spikes["unit_id"].tolist() == [3]
+    explained = assign.take_notes().explained
     decided = {int(s): int(u) for one in explained for s, u in zip(one.peaks["sample_index"], one.unit, strict=True)}
     assert decided == {1440: UNSORTED, 50_200: 3}
 
 
 def test_an_empty_batch_decides_nothing() -> None:
     assign = assigner()
-    assign(*batch_of(BUSY[:500], 0, PEAKS[:0]))
+    assign(batch_of(BUSY[:500], 0, PEAKS[:0]))
+    assign.take_notes()
     for start in (500, 9000):  # also where a gap is announced
-        matches, explained = assign(*batch_of(BUSY[:0], start, PEAKS[:0]))
-        assert not len(matches) and not explained
+        assert not len(assign(batch_of(BUSY[:0], start, PEAKS[:0])))
+        assert not assign.take_notes().explained
 
 
 @pytest.mark.parametrize("with_peaks", [True, False])
@@ -361,12 +350,11 @@ def test_memory_does_not_grow(with_peaks: bool) -> None:
         peaks = PEAKS.copy() if with_peaks else PEAKS[:0]
         peaks["sample_index"] += k * LENGTH
         run(assign, BUSY, peaks, [500], k * LENGTH)
-        assign.match.settled()
         held.append(len(pickle.dumps(assign)))
     assert max(held[2:]) < min(held[2:]) + 4000
 
 
 def test_look_ahead_is_that_of_the_matcher_and_of_a_template() -> None:
     assign = assigner()
-    assign(*batch_of(BUSY[:5000], 0, PEAKS[:0]))
+    assign(batch_of(BUSY[:5000], 0, PEAKS[:0]))
     assert 5000 - assign.through_sample <= assign.match.margin + SPANS.look_back + N_BEFORE + 2

@@ -377,4 +377,4 @@ def test_a_tail_of_less_than_a_sample_will_do() -> None:
 def test_compiling_beforehand_leaves_later_matchers_alone() -> None:
     Match(CONFIG, 5, RATE).warmup(CONFIG)
     assert len(matcher()(recorded(silence(600), Event(0, 300)))) == 1
-    assert len(kernels.peel.signatures) == 1
+    assert len(kernels.advance.signatures) == 1

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.timeout(60)
 RATE = 30000
 PATIENCE_S = 30.0
 SNAPSHOT_AT, OFFER_AT = 165_000, 168_000  # the swap is at the next learning boundary
-BOUNDARY, BACK_AT = 174_375, 195_000  # the second turn of a learning period
+BOUNDARY, BACK_AT = 172_500, 195_000  # the first is the end of a learning period
 Edit = Callable[[str, NDArray[Any], np.random.Generator], NDArray[Any]]
 
 
@@ -202,7 +202,7 @@ def swapped(
 def period(start: int, n: int, unit: int = 1) -> Period:
     peaks = np.zeros(n, PEAK_DTYPE)
     peaks["sample_index"] = start + np.arange(n)
-    return Period(peaks, np.full(n, unit), np.zeros((n, 2), np.float32), np.zeros((n, 3, 1), np.float32))
+    return Period(peaks, np.full(n, unit), np.full(n, unit), np.zeros((n, 2), np.float32), np.zeros((n, 3, 1), np.float32))
 
 
 def test_memory_of_peaks_is_bounded_by_time_and_by_number() -> None:

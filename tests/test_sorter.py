@@ -51,6 +51,7 @@ def chunks(traces: NDArray[Any], sizes: Iterable[int]) -> Iterable[Chunk]:
 def sort(recording: Recording, sizes: Iterable[int], config: SorterConfig = CONFIG) -> tuple[Sorter, list[Output]]:
     sorter = Sorter(config, stream_info(recording))
     outputs = [output for chunk in chunks(recording.traces, sizes) for output in sorter.process(chunk)]
+    sorter.settle()
     outputs[-1].ledger.extend(sorter.take_events())  # those of the last boundary
     return sorter, outputs
 
@@ -142,8 +143,7 @@ def test_assignment_alone_learns_nothing(recording: Recording) -> None:
     detecting = Sorter(CONFIG, sorter.info)
     batches = [b for chunk in chunks(recording.traces, [30000]) for b in detecting.detect(chunk) if len(b.peaks)]
     batch = batches[-1]  # each time it comes after a gap
-    embeddings = sorter.encode([batch])[0]
-    first, second = sorter.assign(batch, embeddings), sorter.assign(batch, embeddings)
+    first, second = sorter.assign(batch), sorter.assign(batch)
     named = first.spikes["unit_id"] > 0
     assert named.sum() > 5
     assert first.spikes[named].tobytes() == second.spikes[second.spikes["unit_id"] > 0].tobytes()
@@ -347,7 +347,7 @@ made.traces.flags.writeable = False
 for start in range(0, len(made.traces), 300):
     sorter.process(Chunk(start, made.traces[start : start + 300]))
 assert sorter.units_table()
-used = min(before[name] for name in ("clean_snippets", "compare_templates", "follow", "find_peaks", "peel", "score_units"))
+used = min(before[name] for name in ("clean_snippets", "compare_templates", "follow", "find_peaks", "advance", "score_units"))
 print(max(signatures().values()), signatures() == before, used)
 """
 

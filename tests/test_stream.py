@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def never() -> None:
 
 
 class CountingSorter:
-    """The interface of `Sorter`: a peak wherever channel 0 is above zero; what it learns at a boundary changes later unit ids."""
+    """The interface of `Sorter`: a peak wherever channel 0 is above zero; what a period teaches changes ids after the next."""
 
     config = SorterConfig()
     encoder = None  # never swapped
@@ -47,10 +48,12 @@ class CountingSorter:
     calibrated = True
     progress = 1.0
 
-    def __init__(self, on_detect: Callable[[], None] = never, on_assign: Callable[[], None] = never) -> None:
-        self.on_detect, self.on_assign = on_detect, on_assign
+    def __init__(
+        self, on_detect: Callable[[], None] = never, on_assign: Callable[[], None] = never, on_learn: Callable[[], None] = never
+    ) -> None:
+        self.on_detect, self.on_assign, self.on_learn = on_detect, on_assign, on_learn
         self.warm = False
-        self.encoded: list[int] = []
+        self._lesson: Future[int] | None = None
         self._pending: list[tuple[int, float]] = []
         self._through = 0
         self._sum = 0.0
@@ -80,31 +83,36 @@ class CountingSorter:
             if until == end:
                 return batches
 
-    def encode(self, batches: Sequence[PeakBatch]) -> list[NDArray[np.float32]]:
-        self.encoded.append(len(batches))
-        return [batch.snippets.mean(axis=(1, 2))[:, None] for batch in batches]
-
-    def assign(self, batch: PeakBatch, embeddings: NDArray[np.float32]) -> Output:
+    def assign(self, batch: PeakBatch) -> Output:
         self.on_assign()
         spikes = np.zeros(len(batch.peaks), SPIKE_DTYPE)
         for name in ("sample_index", "channel", "flags", "amplitude_uv"):
             spikes[name] = batch.peaks[name]
         spikes["time"] = batch.t_origin + spikes["sample_index"] / FS
-        spikes["unit_id"] = embeddings[:, 0] + self._learnt
+        spikes["unit_id"] = batch.snippets.mean(axis=(1, 2)) + self._learnt
         spikes["unit_id"][spikes["amplitude_uv"] == 1] = -1
-        self._sum += float(embeddings.sum())
+        self._sum += float(batch.snippets.sum())
         self._assigned_through = batch.through_sample
         return Output(batch.through_sample, spikes, gaps=list(batch.gaps), t_acquired=batch.t_acquired)
 
-    def learn(self) -> None:
+    def learn(self, pool: Executor) -> None:
         if self._assigned_through % PERIOD == 0:
-            self._learnt = int(self._sum) % 7
+            self.settle()
+            self._lesson = pool.submit(self._learn, self._sum)
 
-    def process(self, chunk: Chunk) -> list[Output]:
+    def settle(self) -> None:
+        if self._lesson is not None:
+            self._learnt = self._lesson.result()
+
+    def _learn(self, total: float) -> int:
+        self.on_learn()
+        return int(total) % 7
+
+    def process(self, chunk: Chunk, pool: Executor) -> list[Output]:
         outputs = []
         for batch in self.detect(chunk):
-            outputs.append(self.assign(batch, self.encode([batch])[0]))
-            self.learn()
+            outputs.append(self.assign(batch))
+            self.learn(pool)
         return outputs
 
     def take_events(self) -> list[dict[str, Any]]:
@@ -205,7 +213,8 @@ def even(n_samples: int, length: int, **kwargs: Any) -> list[Chunk]:
 
 def looped(chunks: Sequence[Chunk]) -> NDArray[Any]:
     sorter = warm()
-    return joined([output for chunk in chunks for output in sorter.process(chunk)])
+    with ThreadPoolExecutor(1) as pool:
+        return joined([output for chunk in chunks for output in sorter.process(chunk, pool)])
 
 
 def warm() -> CountingSorter:
@@ -237,21 +246,6 @@ def test_the_threads_give_what_the_loop_gives(edges: list[int], seed: int) -> No
     np.testing.assert_array_equal(sink.spikes(), looped(cut(recording(600, seed), [])))
     through = [output.through_sample for output in sink.outputs]
     assert through == sorted(through) and through[-1] == 600 - MARGIN
-
-
-def test_what_waits_is_encoded_in_one_go_with_the_same_result() -> None:
-    gate = Gate()
-    sorter, sink, source = CountingSorter(on_assign=gate), ListSink(), ListSource(even(600, 10))
-    n_batches = sum(len(batches) for batches in map(warm().detect, even(600, 10)))
-    with Stream(source, sorter, [sink]) as stream:
-        assert gate.reached.wait(PATIENCE_S)
-        deadline = time.monotonic() + PATIENCE_S
-        while stream.status()["queues"]["batches"] + sorter.encoded[0] < n_batches and time.monotonic() < deadline:
-            time.sleep(0.001)
-        gate.opened.set()
-        assert stream.wait(PATIENCE_S)
-    assert len(sorter.encoded) <= 2 and sum(sorter.encoded) == n_batches
-    np.testing.assert_array_equal(sink.spikes(), looped(even(600, 10)))
 
 
 def test_overruns_are_counted_exactly_and_told_as_gaps() -> None:
@@ -366,17 +360,17 @@ def test_a_sink_that_raises_is_counted_and_sorting_goes_on(caplog: pytest.LogCap
     assert broken.n_closed == 1
 
 
-def fail_in_detect() -> None:
+def fail() -> None:
     raise RuntimeError("a broken stage")
 
 
-@pytest.mark.parametrize("stage", ["on_detect", "on_assign"])
+@pytest.mark.parametrize("stage", ["on_detect", "on_assign", "on_learn"])
 def test_what_ends_a_thread_is_raised_where_it_is_waited_for(stage: str) -> None:
     sink, source = ListSink(), ListSource(even(1000, 10), pause_after=50)
-    stream = Stream(source, CountingSorter(**{stage: fail_in_detect}), [sink])
+    stream = Stream(source, CountingSorter(**{stage: fail}), [sink])
     with pytest.raises(RuntimeError, match="a broken stage") as caught, stream:
         stream.wait()
-    assert "fail_in_detect" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert "fail" in [frame.name for frame in traceback.extract_tb(caught.value.__traceback__)]
     with pytest.raises(RuntimeError, match="a broken stage"):
         stream.stop()
     stream.abort()
@@ -485,7 +479,7 @@ def test_status_travels_with_outputs_and_never_changes_spikes() -> None:
     with Stream(source, CountingSorter(), [sink], config=StreamConfig(status_s=0.01), on_status=seen.append) as stream:
         assert not stream.wait(0.03)  # silent, and status comes all the same
         assert len(seen) >= 2
-        assert {"streamsort-acquire", "streamsort-detect", "streamsort-assign", "streamsort-publish-0-ListSink"} == set(
+        assert {"streamsort-acquire", "streamsort-sort", "streamsort-learn_0", "streamsort-publish-0-ListSink"} == set(
             own_threads()
         )
         stream.stop()

@@ -20,11 +20,39 @@ _LEAST, _MOST = np.float32(0.5), np.float32(1.6)  # amplitude of a spike over it
 _TOO_SMALL, _TOO_LARGE = np.float32(0.55), np.float32(2)
 
 STEPS = np.float32(1024)  # of the residual, per noise unit
+_LARGEST = np.float32(4096)  # noise units; only artifacts are larger
 
 # A spike that leaves something larger than itself, by more than noise is, on so many of its channels is a part of something else.
 # Without the margin two spikes at once, as large as one another, would each seem a part of the other, and both be lost.
 _CORE, _LARGER_BY = 4, np.float32(4)  # channels, noise units
 _HERALD = np.float32(0.6)  # of a rival's height, on that rival's largest channel: it seems to come
+
+
+@kernel
+def advance(
+    window: Tuple, t: Tuple, threshold: Floats, traces: Floats, level: Floats, at: tuple[int, int, int], spans: Tuple
+) -> tuple[int, int, int]:
+    """Take the next samples in, in multiples of `level`, and decide the columns that they complete.
+
+    `at` is up to where the window holds samples, scores and decisions; returned is the same of scores and decisions now, and how
+    many spikes were found.
+    """
+    stop, computed, decided = at
+    append(window.residual, stop, traces, level)
+    can_compute = stop + len(traces) - t.temporal.shape[2] + spans.n_before + 1
+    score_units(window, t, computed, can_compute, spans.n_before)
+    can_decide = can_compute - spans.sweep - 1
+    n_found = peel(window, t, threshold, decided, can_decide, can_compute, spans)
+    return can_compute, can_decide, n_found
+
+
+@kernel
+def append(residual: Floats, stop: int, traces: Floats, level: Floats) -> None:
+    """Add samples in noise units to what is subtracted from them already, from column `stop` on."""
+    for c in range(len(residual)):
+        for s in range(len(traces)):
+            x = min(max(traces[s, c] / level[c], -_LARGEST), _LARGEST)
+            residual[c, stop + s] += np.rint(x * STEPS) / STEPS
 
 
 @kernel
