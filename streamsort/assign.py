@@ -144,7 +144,6 @@ class Assign:
         """Forget the traces, as after a gap."""
         self._recent = self._recent[:0]
         self.match.restart(start_sample)
-        self.use(self.known)
 
     def __call__(self, batch: PeakBatch) -> NDArray[np.void]:
         """Take a batch; return the spikes decided now, all but their times: matches, and peaks that no unit explains.

@@ -47,7 +47,7 @@ class Window(NamedTuple):
 
     residual: Floats  # (n_channels, n_columns); of samples yet to come, what is subtracted already
     scores: Floats  # (n_units, n_columns)
-    scratch: Floats  # (n_columns,)
+    lines: Floats  # (n_units, n_ranks, n_columns) the residual through each unit's spatial factors
     last: NDArray[np.int32]  # (n_units,) column of each unit's last spike
     deferred: NDArray[np.bool_]  # (n_columns,) to be looked at again
     recent: NDArray[np.int32]  # (n, 3) unit, column, shift of the latest spikes
@@ -104,10 +104,11 @@ class Match:
         self._history = 3 * self.n_whole + 2 * (n_samples + spans.look_back + spans.sweep)
         n_columns = self._history + _FREE_COLUMNS + self.n_whole
         self._ones = np.ones(n_channels, np.float32)
+        self.templates: Templates | None = None
         self._window = Window(
             residual=np.zeros((n_channels, n_columns), np.float32),
             scores=np.zeros((0, n_columns), np.float32),
-            scratch=np.zeros(n_columns, np.float32),
+            lines=np.zeros((0, config.n_ranks, n_columns), np.float32),
             last=np.zeros(0, np.int32),
             deferred=np.zeros(n_columns, np.bool_),
             recent=np.full((_N_RECENT, 3), -1, np.int32),
@@ -135,6 +136,7 @@ class Match:
         self._decided = self._history - self.margin
         self._computed = self._history - self.n_after + 1
         self._window.scores[:, : self._history] = 0
+        self._window.lines[..., : self._history] = 0
         self._unsettled = np.zeros(0, MATCH_DTYPE)
         self._settled: list[Settled] = []
         self._note_through()
@@ -150,12 +152,17 @@ class Match:
         threshold : ndarray, shape (n_units,), float32
             Least gain of a spike.
         """
-        self.templates, self._threshold = templates, threshold
+        self._threshold = threshold
+        if templates is self.templates:
+            return
+        self.templates = templates
         n_new = templates.n_units - len(self._window.last)
         if n_new:
-            scores = np.zeros((templates.n_units, self._window.scores.shape[1]), np.float32)
+            scores, lines = (
+                np.zeros((templates.n_units, *array.shape[1:]), np.float32) for array in (self._window.scores, self._window.lines)
+            )
             last = np.concatenate([self._window.last, np.full(n_new, _LONG_AGO, np.int32)])
-            self._window = self._window._replace(scores=scores, last=last)
+            self._window = self._window._replace(scores=scores, lines=lines, last=last)
         first = self._decided - self._spans.patience - self._spans.sweep - 1
         score_units(self._window, templates, first, self._computed, self.n_before)
 
@@ -254,7 +261,7 @@ class Match:
         if self._stop + n_samples + self.n_whole <= window.residual.shape[1]:
             return
         by = self._stop - self._history
-        for array in (window.residual, window.scores, window.deferred):
+        for array in (window.residual, window.scores, window.lines, window.deferred):
             array[..., : self._history + self.n_whole] = array[..., by : self._stop + self.n_whole].copy()
         window.residual[:, self._history + self.n_whole :] = 0
         window.deferred[self._history + self.n_whole :] = False

@@ -36,7 +36,7 @@ def window(residual: Floats, n_units: int) -> Window:
     return Window(
         residual=np.ascontiguousarray(residual),
         scores=np.zeros((n_units, n_columns), np.float32),
-        scratch=np.zeros(n_columns, np.float32),
+        lines=np.zeros((n_units, 3, n_columns), np.float32),
         last=np.full(n_units, -(1 << 20), np.int32),
         deferred=np.zeros(n_columns, np.bool_),
         recent=np.full((16, 3), -1, np.int32),

@@ -40,7 +40,9 @@ def advance(
     stop, computed, decided = at
     append(window.residual, stop, traces, level)
     can_compute = stop + len(traces) - t.temporal.shape[2] + spans.n_before + 1
-    score_units(window, t, computed, can_compute, spans.n_before)
+    for u in range(len(t.energy)):
+        project(window, t, u, stop, stop + len(traces))
+        correlate(window, t, u, computed, can_compute, spans.n_before)
     can_decide = can_compute - spans.sweep - 1
     n_found = peel(window, t, threshold, decided, can_decide, can_compute, spans)
     return can_compute, can_decide, n_found
@@ -65,23 +67,33 @@ def score_units(window: Tuple, t: Tuple, start: int, stop: int, n_before: int) -
 @kernel
 def score_unit(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: int) -> None:
     """Correlate one unit's filter, a sum of spatial times temporal factors, with the residual at columns [start, stop)."""
-    n_samples = t.temporal.shape[2]
-    n = stop - start
-    if n <= 0:
-        return
-    first, n_line = start - n_before, n + n_samples - 1
-    out, line = window.scores[u, start:stop], window.scratch[:n_line]
-    out[:] = _ZERO
+    if start < stop:
+        project(window, t, u, start - n_before, stop - n_before + t.temporal.shape[2] - 1)
+        correlate(window, t, u, start, stop, n_before)
+
+
+@kernel
+def project(window: Tuple, t: Tuple, u: int, start: int, stop: int) -> None:
+    """Weigh the channels by a unit's spatial factors, at columns [start, stop) of the residual: most of these do not change again."""
     for r in range(t.spatial.shape[1]):
+        line = window.lines[u, r, start:stop]
         line[:] = _ZERO
         for k in range(t.channels.shape[1]):
             c = t.channels[u, k]
             if c < 0:
                 break
-            weight, x = t.spatial[u, r, k], window.residual[c, first : first + n_line]
-            for s in range(n_line):
+            weight, x = t.spatial[u, r, k], window.residual[c, start:stop]
+            for s in range(len(x)):
                 line[s] += weight * x[s]
-        convolve(line, t.temporal[u, r], out)
+
+
+@kernel
+def correlate(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: int) -> None:
+    """Sum a unit's projections, each weighed by its temporal factor around every column of [start, stop)."""
+    out = window.scores[u, start:stop]
+    out[:] = _ZERO
+    for r in range(t.temporal.shape[1]):
+        convolve(window.lines[u, r, start - n_before : stop - n_before + t.temporal.shape[2] - 1], t.temporal[u, r], out)
 
 
 @kernel
