@@ -43,7 +43,7 @@ _LONG_AGO = -(1 << 20)
 
 
 class Window(NamedTuple):
-    """Scratch and state of the kernels; columns are samples."""
+    """Scratch and state of the kernels; columns are samples, and a few beyond the last of them are spare."""
 
     residual: Floats  # (n_channels, n_columns); of samples yet to come, what is subtracted already
     scores: Floats  # (n_units, n_columns)

@@ -32,9 +32,10 @@ Floats = NDArray[np.float32]
 
 
 def window(residual: Floats, n_units: int) -> Window:
+    residual = np.pad(residual, ((0, 0), (0, 7)))
     n_columns = residual.shape[1]
     return Window(
-        residual=np.ascontiguousarray(residual),
+        residual=residual,
         scores=np.zeros((n_units, n_columns), np.float32),
         lines=np.zeros((n_units, 3, n_columns), np.float32),
         last=np.full(n_units, -(1 << 20), np.int32),
@@ -54,7 +55,8 @@ def test_a_score_is_the_inner_product_of_filter_and_residual(n_columns: int) -> 
     one = window(noise(n_columns + N_SAMPLES).T, 3)
     one.scores[:] = np.nan
     kernels.score_units(one, t, N_BEFORE, N_BEFORE + n_columns, N_BEFORE)
-    assert np.isfinite(one.scores).sum() == 3 * n_columns
+    written = np.isfinite(one.scores).all(axis=0)
+    assert written[N_BEFORE:][:n_columns].all() and n_columns <= written.sum() < n_columns + 8  # in whole vectors
     for unit in range(3):
         weights = naive_match.filter_on_all(t, unit, 5)
         expected = [naive_match.score_at(one.residual.astype(float), weights, N_BEFORE + c, N_BEFORE) for c in range(n_columns)]
@@ -67,7 +69,7 @@ def test_a_score_has_the_same_bits_wherever_the_stretch_begins() -> None:
     kernels.score_units(whole, t, N_BEFORE, 300, N_BEFORE)
     for start, stop in ((N_BEFORE, 19), (19, 26), (26, 121), (121, 300)):
         kernels.score_units(parts, t, start, stop, N_BEFORE)
-    assert whole.scores.tobytes() == parts.scores.tobytes()
+    np.testing.assert_array_equal(whole.scores[:, :300], parts.scores[:, :300])
 
 
 @given(score=st.floats(-100, 900), energy=st.floats(10, 900), tightness=st.floats(1, 200))
@@ -119,6 +121,6 @@ def test_peeling_equals_its_definition(seed: int) -> None:
     assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
     measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)
     np.testing.assert_allclose(measured, slow.measured, rtol=2e-3, atol=0.05)
-    np.testing.assert_allclose(one.residual, slow.residual, atol=2e-3)
+    np.testing.assert_allclose(one.residual[:, :n_columns], slow.residual, atol=2e-3)
     np.testing.assert_array_equal(one.residual * 1024, np.rint(one.residual * 1024))
     assert set(np.flatnonzero(one.deferred).tolist()) == slow.waiting

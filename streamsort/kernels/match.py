@@ -74,7 +74,8 @@ def score_unit(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before:
 
 @kernel
 def project(window: Tuple, t: Tuple, u: int, start: int, stop: int) -> None:
-    """Weigh the channels by a unit's spatial factors, at columns [start, stop) of the residual: most of these do not change again."""
+    """Weigh the channels by a unit's spatial factors, at columns [start, stop) of the residual: most do not change again."""
+    stop = whole_vectors(start, stop)
     for r in range(t.spatial.shape[1]):
         line = window.lines[u, r, start:stop]
         line[:] = _ZERO
@@ -90,6 +91,7 @@ def project(window: Tuple, t: Tuple, u: int, start: int, stop: int) -> None:
 @kernel
 def correlate(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: int) -> None:
     """Sum a unit's projections, each weighed by its temporal factor around every column of [start, stop)."""
+    stop = whole_vectors(start, stop)
     out = window.scores[u, start:stop]
     out[:] = _ZERO
     for r in range(t.temporal.shape[1]):
@@ -97,19 +99,29 @@ def correlate(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: 
 
 
 @kernel
+def whole_vectors(start: int, stop: int) -> int:
+    """Return where [start, stop) ends if it is made a multiple of 8 long: single columns at its end cost as much as all others.
+
+    What is there belongs to samples yet to come, and is not looked at before they are.
+    """
+    return start + (stop - start + 7) // 8 * 8
+
+
+@kernel
 def convolve(line: Floats, taps: Floats, out: Floats) -> None:
-    """Add to `out` the inner products of `taps` with `line` from each sample on; four taps at a time halves the stores."""
-    n, j = len(out), 0
-    while j + 4 <= len(taps):
-        w0, w1, w2, w3 = taps[j], taps[j + 1], taps[j + 2], taps[j + 3]
-        a, b, c, d = line[j : j + n], line[j + 1 : j + 1 + n], line[j + 2 : j + 2 + n], line[j + 3 : j + 3 + n]
-        for s in range(n):
-            out[s] += (w0 * a[s] + w1 * b[s]) + (w2 * c[s] + w3 * d[s])
-        j += 4
+    """Add to `out` the inner products of `taps` with `line` from each sample on; eight taps at a time spare stores."""
+    j = 0
+    while j + 8 <= len(taps):
+        x, w = line[j : j + len(out) + 7], taps[j : j + 8]
+        w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+        for s in range(len(out)):
+            early = (w0 * x[s] + w1 * x[s + 1]) + (w2 * x[s + 2] + w3 * x[s + 3])
+            out[s] += early + ((w4 * x[s + 4] + w5 * x[s + 5]) + (w6 * x[s + 6] + w7 * x[s + 7]))
+        j += 8
     while j < len(taps):
-        w0, a = taps[j], line[j : j + n]
-        for s in range(n):
-            out[s] += w0 * a[s]
+        weight, x = taps[j], line[j : j + len(out)]
+        for s in range(len(out)):
+            out[s] += weight * x[s]
         j += 1
 
 
