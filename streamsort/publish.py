@@ -26,9 +26,11 @@ class Publisher:
         Of the queue.
     live : bool
         A full queue loses its oldest outputs; otherwise `hand_over` waits.
+    rest_s : float
+        When nothing waits, for a sink that is in no hurry: to be woken a thousand times a second delays the others.
     """
 
-    def __init__(self, sink: Sink, limit_bytes: int, live: bool) -> None:
+    def __init__(self, sink: Sink, limit_bytes: int, live: bool, rest_s: float = 0.0) -> None:
         self.name = type(sink).__name__
         self.queue: BoundedQueue[tuple[Output, float]] = BoundedQueue(limit_bytes)
         self.n_dropped = 0
@@ -36,7 +38,7 @@ class Publisher:
         self.publish_latency = LatencyHistogram()
         self.total_latency = LatencyHistogram()
         self.sink = sink
-        self._live = live
+        self._live, self._rest_s = live, rest_s
         self._last_error = ""
 
     def hand_over(self, output: Output, t_assigned: float) -> None:
@@ -52,6 +54,8 @@ class Publisher:
         with contextlib.closing(self.sink):
             for output, t_assigned in self.queue:
                 self._publish(output, t_assigned)
+                if self._rest_s and not len(self.queue):
+                    time.sleep(self._rest_s)
 
     def status(self) -> dict[str, Any]:
         """Return how the sink is doing, ready for JSON."""

@@ -37,6 +37,7 @@ _JOINED_S = 0.01  # at 1 ms a chunk costs twice as much per sample
 _SINK_BYTES = 16 << 20  # some 10 s of a busy probe
 _ABORT_S, _JOIN_STEP_S = 2.0, 0.2
 _ARCHIVE_BYTES = 256 << 20  # some minutes: what an archive loses is lost for good
+_ARCHIVE_REST_S = 0.01
 
 _Outbox = BoundedQueue[Any] | Refresher
 
@@ -98,7 +99,7 @@ class Stream:
         self._publishers = [Publisher(sink, _SINK_BYTES, self._live) for sink in sinks]
         self._archive = archive
         if archive is not None:
-            self._publishers.append(Publisher(archive, _ARCHIVE_BYTES, self._live))
+            self._publishers.append(Publisher(archive, _ARCHIVE_BYTES, self._live, _ARCHIVE_REST_S))
         # A session keeps what a trainer needs, and has a place to put what it makes of it.
         self._refresher = Refresher(sorter, archive) if isinstance(archive, SessionWriter) else None
         self._latency = {stage: LatencyHistogram() for stage in ("acquire", "detect", "assign")}
