@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("streamsort.sockets")
 
-_POLL_MS = 100
+_RECEIVE_MS = 100
 _QUIET_S = 5.0  # silence after which the log says so, once
 _MAX_MESSAGE_BYTES = 1 << 28  # a peer that sends more is disconnected
 _MAX_PORT = 65535  # the library takes a larger one modulo 65536
@@ -87,10 +87,11 @@ class Subscriber:
         self.n_malformed = 0
         self._timeout_s = timeout_s
         self._closed = Event()
-        self._lock = Lock()  # keeps `close` of another thread away from the socket while it is polled
+        self._lock = Lock()  # keeps `close` of another thread away from the socket while it receives
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, high_water)
+        self._socket.setsockopt(zmq.RCVTIMEO, _RECEIVE_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         try:
             check_port(url, role)
@@ -131,9 +132,12 @@ class Subscriber:
 
     def _decoded(self, decode: Callable[[list[bytes]], T]) -> T | None:
         with self._lock:
-            if self._closed.is_set() or not self._socket.poll(_POLL_MS):
+            if self._closed.is_set():
                 return None
-            frames = self._socket.recv_multipart()
+            try:
+                frames = self._socket.recv_multipart()
+            except zmq.Again:
+                return None
         try:
             return decode(frames)
         except MalformedMessage as error:

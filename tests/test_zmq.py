@@ -25,7 +25,7 @@ from streamsort.sources import open_source
 from streamsort.sources.clock import ClockFit
 from streamsort.sources.recording import Recording
 from streamsort.sources.zmq import Continuity, ZmqSource
-from streamsort.wire import LossCounter, MalformedMessage, decode, decode_traces, encode_traces, to_json
+from streamsort.wire import LossCounter, MalformedMessage, Traces, TracesDecoder, decode, decode_traces, encode_traces, to_json
 
 pytestmark = pytest.mark.timeout(20)
 
@@ -149,6 +149,48 @@ def test_malformed_frames_are_refused_by_the_decoder(spoil: Any) -> None:
 def test_bad_headers_are_refused_by_the_decoder(changes: dict[str, Any]) -> None:
     with pytest.raises(MalformedMessage):
         decode_traces(frames(0, **changes))
+
+
+UNUSUAL: dict[str, Callable[[bytes], bytes]] = {
+    "as_usual": lambda header: header,
+    "compact": lambda header: header.replace(b" ", b""),
+    "a_line_each": lambda header: header.replace(b", ", b",\n").replace(b"}", b"\n}"),
+    "spaces_before_colons": lambda header: header.replace(b'":', b'" :'),
+    "escaped_name": lambda header: header.replace(b'"seq"', b'"s\\u0065q"'),
+    "name_as_a_text": lambda header: header.replace(b"{", b'{"note": "seq", ', 1),
+    "stamp_deeper": lambda header: header.replace(b"{", b'{"other": {"t_acquired": 1.5}, ', 1),
+    "twice_the_same_name_once_escaped": lambda header: header.replace(b"}", b', "s\\u0065q": 9}'),
+    "twice_the_same_name": lambda header: header.replace(b"{", b'{"seq": 7, "t_acquired": 1.5, ', 1),
+    "stamp": lambda header: header.replace(b"}", b', "t_acquired": 0.25}'),
+    "null_stamp_after_another": lambda header: header.replace(b"}", b', "t_acquired": 1.5, "t_acquired": null}'),
+    "stamp_with_exponent": lambda header: header.replace(b"}", b', "t_acquired": 1.5e1}'),
+    "another_exponent": lambda header: header.replace(b"}", b', "t_acquired": 2.5e1}'),
+    "whole_stamp": lambda header: header.replace(b"}", b', "t_acquired": 15}'),
+    "negative_zero": lambda header: header.replace(b'"seq": ', b'"seq": -0, "number": '),
+    "gain_per_channel": lambda header: header.replace(b'"gain_uv": 0.19499999284744263', b'"gain_uv": [0.5, 1, 1.5, 2]'),
+}
+
+
+@pytest.mark.parametrize("first", UNUSUAL.values(), ids=UNUSUAL)
+def test_a_decoder_that_knows_the_first_header_reads_every_other_one_as_one_that_does_not(first: Callable[[bytes], bytes]) -> None:
+    """Whatever the first header looks like, no later one is read differently because of it."""
+
+    def told(decode: Callable[[list[bytes]], Traces], message: list[bytes]) -> Any:
+        try:
+            traces = decode(message)
+        except MalformedMessage as error:
+            return str(error)
+        return *traces[:3], traces.samples.tolist(), traces.samples.dtype, traces.gain_uv.tolist(), traces.t_acquired
+
+    later = [spoil(frames(0)) for spoil in MALFORMED.values()] + [frames(0, **changes) for changes in BAD_HEADERS.values()]
+    later += [frames(100), frames(10**9, 7), frames(0, 0), frames(0, seq=1 << 61), frames(0, start_sample=10**18)]
+    later += [frames(0, note=1)] + [frames(0, t_acquired=stamp) for stamp in (3.25, 3, -3.25, 1e29, 1e31)]
+    decoder = TracesDecoder()
+    decoder.decode([b"traces", first(frames(0)[1]), frames(0)[2]])
+    for topic, header, *payload in [message for message in later if len(message) > 1]:
+        for changed in (header, first(header), *(rewrite(header) for rewrite in UNUSUAL.values())):
+            message = [topic, changed, *payload]
+            assert told(decoder.decode, message) == told(decode_traces, message)
 
 
 def test_every_malformed_message_is_counted_and_skipped(publisher: Publisher) -> None:

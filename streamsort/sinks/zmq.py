@@ -7,6 +7,7 @@ Every output becomes messages of the topics `spikes`, `bins`, `units`, `ledger`,
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ import zmq
 from numpy.typing import NDArray
 
 from streamsort.errors import StreamsortError
-from streamsort.records import Output, StreamInfo
+from streamsort.records import Output, StreamInfo, join_records
 from streamsort.sockets import bound_socket
 from streamsort.wire import Envelope, to_json
 
@@ -47,8 +48,8 @@ class BinCounter:
         self.bin_samples = bin_samples
         self.slots_version = 0
         self._slots: dict[int, int] = {}
-        self._open: list[NDArray[Any]] = []
-        self._next_start = 0
+        self._waiting: list[NDArray[Any]] = []  # spikes of open bins
+        self._next_bin = 0
 
     def learn_slots(self, entries: list[dict[str, Any]]) -> None:
         """Take over the slots of units (or of ledger events) that name a `unit_id` and a `slot`."""
@@ -63,31 +64,28 @@ class BinCounter:
 
         Empty ones are included, but of a gap of many bins only the last.
         """
-        sorted_spikes = spikes[spikes["unit_id"] >= 0]
-        if len(sorted_spikes):
-            self._open.append(sorted_spikes[["sample_index", "unit_id"]])
-        n_bins = (through_sample - self._next_start) // self.bin_samples
-        if n_bins < 1:
+        if len(spikes):
+            self._waiting.append(spikes)
+        first, until = self._next_bin, through_sample // self.bin_samples
+        if until <= first:
             return
-        first, until = self._next_start, self._next_start + n_bins * self.bin_samples
-        self._next_start = until
-        waiting = np.concatenate(self._open) if self._open else sorted_spikes
-        due = waiting["sample_index"] < until
-        self._open = [waiting[~due]] if not due.all() else []
-        self._place_unknown(waiting["unit_id"][due])
-        n_slots = max(self._slots.values(), default=-1) + 1
-        which = np.maximum((waiting["sample_index"][due] - first) // self.bin_samples, 0)
-        slots = np.array([self._slots[unit_id] for unit_id in waiting["unit_id"][due].tolist()], np.int64)
-        order = np.argsort(which, kind="stable")
-        edges = np.searchsorted(which[order], np.arange(n_bins + 1))
-        for k in range(n_bins):
-            if edges[k] == edges[k + 1] and k < n_bins - _MOST_EMPTY_BINS:
-                continue
-            counts = np.bincount(slots[order[edges[k] : edges[k + 1]]], minlength=n_slots)
-            yield first + k * self.bin_samples, np.minimum(counts, _MAX_COUNT).astype(np.int16)
+        self._next_bin = until
+        waiting = join_records(self._waiting or [spikes])
+        due = waiting["sample_index"] < until * self.bin_samples
+        self._waiting = [waiting[~due]]
+        counted = waiting[due & (waiting["unit_id"] >= 0)]
+        unit_ids = counted["unit_id"].tolist()
+        self._place_unknown(unit_ids)
+        empty = [0] * (max(self._slots.values(), default=-1) + 1)
+        bins: dict[int, list[int]] = defaultdict(empty.copy)
+        for k, unit_id in zip((counted["sample_index"] // self.bin_samples).tolist(), unit_ids, strict=True):
+            bins[max(k, first)][self._slots[unit_id]] += 1
+        for k in range(first, until):
+            if k in bins or k >= until - _MOST_EMPTY_BINS:
+                yield k * self.bin_samples, np.minimum(bins[k], _MAX_COUNT).astype(np.int16)
 
-    def _place_unknown(self, unit_ids: NDArray[Any]) -> None:
-        for unit_id in sorted(set(unit_ids.tolist()) - self._slots.keys()):
+    def _place_unknown(self, unit_ids: list[int]) -> None:
+        for unit_id in sorted(set(unit_ids) - self._slots.keys()):
             self._slots[unit_id] = max(self._slots.values(), default=-1) + 1
             self.slots_version += 1
 

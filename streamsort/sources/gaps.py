@@ -88,14 +88,15 @@ class GapFinder:
             return []
         if not self.fit.started:
             self.fit.update(self.next_sample, float(stamps[0]))
-        lateness = self._lateness(stamps)
-        late = lateness > self._threshold_s()
+        last = self.next_sample + len(stamps) - 1
+        late_s = float(stamps[-1]) - (self.fit.t_origin(last) + last / self._sampling_frequency)
         elapsed_s = 0.0 if self._heard_at is None else now - self._heard_at
-        if not late[-1] and lateness[-1] > -_MAX_EARLY_S:
+        if -_MAX_EARLY_S < late_s <= self._threshold_s():
             self._held, self._held_since, self._heard_at = traces[:0], None, now
             return [self._emit(traces, stamps)]
-        if lateness[-1] <= -_MAX_EARLY_S or lateness[-1] > elapsed_s + _MAX_LATE_S:
+        if late_s <= -_MAX_EARLY_S or late_s > elapsed_s + _MAX_LATE_S:
             return [self._change_clock(traces, stamps, elapsed_s, now)]
+        late = self._lateness(stamps) > self._threshold_s()
         return self._suspect(traces, stamps, len(late) - int(np.argmin(late[::-1])) if not late.all() else 0, now)
 
     def _suspect(self, traces: NDArray[Any], stamps: NDArray[np.float64], first: int, now: float) -> list[Placed]:

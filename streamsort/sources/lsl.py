@@ -108,7 +108,8 @@ class LslSource:
                 self.counters["stalls"] += 1
                 _log.warning("%s: no samples for %.1f s", self._url, now - heard_at)
             for placed in self._finder.place(traces, stamps, now):
-                self.counters["missing_samples"] += sum(gap.n_samples for gap in placed.gaps)
+                for gap in placed.gaps:
+                    self.counters["missing_samples"] += gap.n_samples
                 yield Chunk(placed.start_sample, placed.traces, self._t_origin(), now, placed.gaps)
 
     def close(self) -> None:
@@ -137,7 +138,8 @@ class LslSource:
                 timeout_s = _HOLDING_POLL_S if self._finder.holding else _POLL_S
                 try:
                     _, stamps = self._inlet.pull_chunk(timeout_s, len(self._buffer), dest_obj=self._buffer, min_samples=1)
-                    self.counters["backlog_samples"] = self._inlet.samples_available()
+                    all_pulled = len(stamps) < len(self._buffer)
+                    self.counters["backlog_samples"] = 0 if all_pulled else self._inlet.samples_available()
                 except RuntimeError as error:  # LostError, and what liblsl says while a connection dies
                     _log.warning("%s: the outlet is gone (%s), looking for it", self._url, type(error).__name__)
                     self._inlet = None

@@ -19,7 +19,7 @@ from streamsort.records import Chunk, Gap, StreamInfo
 from streamsort.sockets import Subscriber
 from streamsort.sources import check_probe
 from streamsort.sources.clock import ClockFit
-from streamsort.wire import LossCounter, MalformedMessage, Traces, decode_traces
+from streamsort.wire import LossCounter, MalformedMessage, Traces, TracesDecoder
 
 _log = logging.getLogger("streamsort.sources.zmq")
 
@@ -131,6 +131,7 @@ class ZmqSource:
         self.counters = dict.fromkeys(("malformed", "lost_messages", "stray_messages", "dropped_samples", "missing_samples"), 0)
         self._url = url
         self._losses = LossCounter()
+        self._decoder = TracesDecoder()
         self._subscriber = Subscriber(url, "source", "traces", high_water=0, timeout_s=timeout_s)
         try:
             self._first: Traces | None = next(self._received())
@@ -192,7 +193,7 @@ class ZmqSource:
 
     def _decode(self, frames: list[bytes]) -> Traces:
         try:
-            return decode_traces(frames)
+            return self._decoder.decode(frames)
         except MalformedMessage:
             self.counters["malformed"] += 1
             raise
