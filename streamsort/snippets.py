@@ -39,7 +39,7 @@ class Snippets:
         self.n_before = max(round(config.ms_before * sampling_frequency / 1000), 1)
         self.n_after = max(round(config.ms_after * sampling_frequency / 1000), 1)
         self.neighbors = probe.neighbors(config.radius_um, config.n_neighbors)
-        self(Window(probe.n_channels, 1), np.zeros(0, PEAK_DTYPE))  # compiles
+        self._cut(Window(probe.n_channels, 1), np.zeros(0, PEAK_DTYPE), self._empty(0))  # compiles
 
     def __call__(self, window: Window, peaks: NDArray[Any]) -> NDArray[np.float32]:
         """Cut one snippet per peak.
@@ -56,6 +56,13 @@ class Snippets:
         snippets : ndarray, shape (n_peaks, n_snippet_samples, n_neighbors), float32
             In uV; a new array.
         """
-        snippets = np.empty((len(peaks), self.n_before + self.n_after, self.neighbors.shape[1]), np.float32)
-        cut_snippets(window.traces, window.origin, peaks, self.neighbors, self.n_before, snippets)
+        snippets = self._empty(len(peaks))
+        if len(peaks):  # at 1 ms most chunks have none
+            self._cut(window, peaks, snippets)
         return snippets
+
+    def _empty(self, n_peaks: int) -> NDArray[np.float32]:
+        return np.empty((n_peaks, self.n_before + self.n_after, self.neighbors.shape[1]), np.float32)
+
+    def _cut(self, window: Window, peaks: NDArray[Any], snippets: NDArray[np.float32]) -> None:
+        cut_snippets(window.traces, window.origin, peaks, self.neighbors, self.n_before, snippets)
