@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from streamsort.footprints import move_templates
-from streamsort.templates import TemplateMaker, Templates, overlap
+from streamsort.templates import TemplateMaker, Templates, likeness, overlap
 
 Floats = NDArray[np.float32]
 
@@ -28,6 +28,9 @@ _LOWEST_HZ, _HIGHEST_HZ = 0.2, 20.0
 _MOST_OFFSET = 3  # samples
 _POSITIVE = 1.5  # a peak so many times its trough makes a unit positive
 _AFTER_JUMP = 10  # spikes a template counts for that was moved far: it is an interpolation
+# So long after a jump, units that took each other's places are exchanged, if squared distances to what they were moved to, with a
+# part of the energies added, shrink by such a factor when multiplied. Where nothing was amiss it stayed below 1.1.
+_DOUBT_S, _BLUR, _EXCHANGED = 20.0, 0.02, 2.0
 _LEAST_MOVE_UM = 1.0  # smaller moves wait: the estimate of the displacement trembles by as much
 _NEWS_PER_UM = 0.1  # as much as a tenth of an error learned
 _MOST_REMADE = 4  # 0.5 ms each
@@ -71,6 +74,7 @@ class Bank:
         self._news, self._owed_um = np.zeros(len(means)), np.zeros(len(means))
         self._taught, self._moved_um = self.means.copy(), np.zeros(len(means))  # as last taught, and by how much moved since
         self._speed, self._error = np.full(len(means), _FIRST), np.zeros_like(self.means)
+        self._expected, self._doubt_s = self.templates, 0.0  # what the last jump made of the units, and how long that still counts
 
     def __len__(self) -> int:
         return len(self.means)
@@ -121,6 +125,7 @@ class Bank:
         """Keep these rows alone, in this order."""
         for name in ("means", "n_spikes", "rates_hz", "_news", "_owed_um", "_taught", "_moved_um", "_speed", "_error"):
             setattr(self, name, getattr(self, name)[rows])
+        self._doubt_s = 0.0
         self.templates = self._maker(self.means, self.n_spikes)
 
     def reset(self, row: int, mean: Floats, n_spikes: int) -> None:
@@ -163,6 +168,7 @@ class Bank:
         self.n_spikes = np.minimum(self.n_spikes, _AFTER_JUMP)
         self._error[:] = 0
         self.remake(len(self))
+        self._expected, self._doubt_s = Templates._make(column.copy() for column in self.templates), _DOUBT_S
 
     def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float, n_most: int = _MOST_REMADE) -> bool:
         """Take a period's spikes in; tell whether templates changed.
@@ -191,7 +197,30 @@ class Bank:
             self.means[row] += np.float32(rate) * error
             self._note_taught(row)
             self._news[row] += rate
-        return self.remake(n_most)
+        self._doubt_s -= seconds
+        return self.remake(n_most + self._exchange())
+
+    def _exchange(self) -> int:
+        """Give two units that took each other's places after a jump their own again; return how many templates are to be remade.
+
+        Moved far, a template may resemble a neighbour more than its own unit, and each may then follow the other's spikes. Mostly
+        one of the two was moved well: of its unit it hardly differs, which the product of distances shows and their sum does not.
+        """
+        if self._doubt_s <= 0:
+            return 0
+        n = self._expected.n_units
+        cosine = likeness(self._expected.joined(self.templates))[:n, n : 2 * n]
+        expected, now = (energy.astype(np.float64) for energy in (self._expected.energy[:, None], self.templates.energy[:n]))
+        apart = (1 + _BLUR) * (expected + now) - 2 * cosine * np.sqrt(expected * now)
+        ratio = np.multiply.outer(apart.diagonal(), apart.diagonal()) / (apart * apart.T)
+        pair = list(np.unravel_index(ratio.argmax(), ratio.shape))
+        if ratio.max() < _EXCHANGED:
+            return 0
+        for name in ("means", "n_spikes", "_owed_um", "_taught", "_moved_um", "_speed", "_error"):
+            column = getattr(self, name)
+            column[pair] = column[pair[::-1]]
+        self._news[pair] = np.inf
+        return len(pair)
 
     def _own(self, matches: NDArray[np.void]) -> NDArray[np.bool_]:
         """Tell which spikes are surely of their unit: most of it is there, and one that is too large fits no other unit as well."""

@@ -338,3 +338,29 @@ def test_what_is_taught_is_not_changed(rng: np.random.Generator) -> None:
     before = spikes.copy()
     bank.learn(matched(bank, [0, 0], spikes), spikes, PERIOD_S)
     np.testing.assert_array_equal(spikes, before)
+
+
+# Two units, and what they are after a jump by a channel: the first unlike what it was moved to, the second just that.
+TWINS = [Cell(15.0, 50.0, 15.0), Cell(12.0, 62.0, 15.0)]
+UNLIKE, AS_MOVED = Cell(12.0, 76.0, 30.0).at(PROBE), Cell(12.0, 82.0, 15.0).at(PROBE)
+
+
+@pytest.mark.parametrize(
+    ("learned", "after_s", "exchanged"),
+    [((AS_MOVED, UNLIKE), 1.0, True), ((UNLIKE, AS_MOVED), 1.0, False), ((AS_MOVED, UNLIKE), 60.0, False)],
+    ids=["others' places", "own places", "long after"],
+)
+def test_units_that_took_each_others_places_after_a_jump_get_their_own(
+    learned: tuple[Floats, Floats], after_s: float, exchanged: bool
+) -> None:
+    bank = bank_of(TWINS)
+    bank.jump(np.full(2, 20.0), NEAR, PROBE.channel_locations)
+    nothing = np.zeros(0, MATCH_DTYPE), np.zeros((0, N_WHOLE, 8), np.float32)
+    bank.learn(*nothing, after_s)
+    for row, mean in enumerate(learned):
+        bank.reset(row, mean, 50)
+    for _ in range(3):  # once, not to and fro
+        bank.learn(*nothing, PERIOD_S)
+        np.testing.assert_array_equal(bank.means, learned[::-1] if exchanged else learned)
+    for row, mean in enumerate(bank.means):
+        np.testing.assert_allclose(bank.templates.centred[row], mean[:, bank.templates.channels[row]], atol=1e-3)
