@@ -3,6 +3,8 @@
 Nothing is kept from one look to the next: every score is the inner product of a filter with the residual as it is at that moment.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +14,7 @@ Reals = NDArray[np.float64]
 
 
 class Limits(NamedTuple):
-    """Amplitudes a spike may have, and those beyond which it is another unit's; what is larger than a spike, and where."""
+    """Amplitudes a spike may have, and those beyond which it is another unit's or two; what is larger than a spike, and where."""
 
     least: float
     most: float
@@ -21,6 +23,7 @@ class Limits(NamedTuple):
     core: int
     larger_by: float
     herald: float
+    sum: float
 
 
 def filter_on_all(t: Any, unit: int, n_channels: int) -> Reals:
@@ -72,6 +75,8 @@ class Peeler:
         self.measured: list[tuple[float, float, float]] = []
         self.waiting: set[int] = set()
         self.waited: set[int] = set()
+        self.through = 0  # no spike is found before any more
+        self.n_apart = 0  # spikes that were one of two
 
     def score(self, unit: int, column: int) -> float:
         return score_at(self.residual, self.filters[unit], column, int(self.spans.n_before))
@@ -113,13 +118,17 @@ class Peeler:
             total += abs(float((seen * self.filters[unit]).sum())) * amplitude
         return total
 
-    def fit(self, unit: int, column: int) -> tuple[int, float, Reals]:
-        """Return the shift and amplitude of a spike there, and its waveform at amplitude 1, (n_whole, n_channels)."""
-        here, responses = self.score(unit, column), self.t.response[unit].astype(float)
+    def fit(self, unit: int, column: int, without: Sequence[float] = (0, 0, 0)) -> tuple[int, float, Reals]:
+        """Return the shift and amplitude of a spike there, and its waveform at amplitude 1, (n_whole, n_channels).
+
+        Another spike at once adds `without` to the scores one column before, there, and one after.
+        """
+        before, here, after = (self.score(unit, column - 1 + k) - without[k] for k in range(3))
+        responses = self.t.response[unit].astype(float)
         misses = []
         for response in responses:
             scale = here / response[1]
-            misses.append(sum((self.score(unit, column + d) - scale * response[1 + d]) ** 2 for d in (-1, 1)))
+            misses.append((before - scale * response[0]) ** 2 + (after - scale * response[2]) ** 2)
         shift, energy = int(np.argmin(misses)), float(self.t.energy[unit])
         amplitude, _ = best_amplitude(here * energy / responses[shift, 1], energy, float(self.spans.tightness), self.limits)
         wave = np.zeros((self.t.shifted.shape[2], len(self.residual)))
@@ -154,11 +163,46 @@ class Peeler:
         larger = [v for v in self.rivals(unit) if self.t.energy[v] > self.t.energy[unit]]
         return any(left[self.t.channels[v, 0]] > self.limits.herald * self.height(v) for v in larger)
 
-    def candidate(self, first: int, now: int) -> tuple[int, int, float] | None:
+    def seen(self, unit: int, other: int, lag: int) -> float:
+        """Score a spike of another unit with a unit's filter, `lag` columns after that spike."""
+        wave = np.zeros((self.t.shifted.shape[2] + 2 * self.n_samples, len(self.residual)))
+        for k, channel in enumerate(self.t.channels[other]):
+            if channel >= 0:
+                wave[self.n_samples : -self.n_samples, channel] = self.t.shifted[other, len(self.t.shifted[other]) // 2, :, k]
+        return float((wave[self.n_samples + lag :][: self.n_samples] * self.filters[unit]).sum())
+
+    def two_at_once(self, unit: int, column: int, now: int) -> tuple[int, int, list[float], float] | None:
+        """Find two spikes that together explain more than this one: the larger, what the other adds around it, by how much."""
+        tightness, alone = float(self.spans.tightness), self.score(unit, column)
+        amplitude, one = best_amplitude(alone, float(self.t.energy[unit]), tightness, self.limits)
+        if amplitude < self.limits.sum:
+            return None
+        best, lead = None, 0.0
+        columns = range(max(column - self.spans.apart, self.through), min(column + self.spans.apart, now + self.spans.sweep) + 1)
+        for large, small in itertools.permutations(self.rivals(unit), 2):
+            energy = np.array([self.t.energy[large], self.t.energy[small]], float)
+            places = itertools.product(columns, columns) if energy[0] >= energy[1] else []
+            for at in places:
+                y = np.array([self.score(large, at[0]), self.score(small, at[1])])
+                tired = self.rests(at[0], self.times(large)) or self.rests(at[1], self.times(small))
+                if (y < self.limits.least * energy).any() or tired:
+                    continue
+                shared = self.seen(large, small, at[0] - at[1])
+                square = np.array([[energy[0], shared], [shared, energy[1]]])
+                both = np.linalg.solve(square + tightness * np.eye(2), y + tightness)
+                gain = float(2 * both @ y - both @ square @ both - tightness * ((both - 1) ** 2).sum())
+                usual = both.min() >= self.limits.least and both.max() <= self.limits.most
+                if usual and gain - self.threshold[small] - one > lead:
+                    lead = gain - float(self.threshold[small]) - one
+                    adds = [both[1] * self.seen(large, small, at[0] + d - at[1]) for d in (-1, 0, 1)]
+                    best = large, at[0], adds, lead
+        return best
+
+    def candidate(self, first: int, reach: int, now: int) -> tuple[int, int, float] | None:
         best: tuple[int, int, float] | None = None
         for unit in range(len(self.filters)):
             for column in range(first, now + 1):
-                if column < now - self.spans.look_back and column not in self.waiting:
+                if column < reach and column not in self.waiting:
                     continue
                 before, here, after = (self.score(unit, c) for c in (column - 1, column, column + 1))
                 if not self.usual(unit, column) or before > here or after > here or self.rests(column, self.times(unit)):
@@ -183,24 +227,38 @@ class Peeler:
         others = [(v, c) for v in self.rivals(unit) if v != unit for c in near if self.usual(v, c)]
         return max((self.gain(v, self.score(v, c)) for v, c in others), default=0.0)
 
-    def take(self, unit: int, column: int, gain: float) -> None:
-        shift, amplitude, wave = self.fit(unit, column)
+    def take(self, unit: int, column: int, gain: float, now: int) -> None:
+        other, adds = self.second_best(unit, column), [0.0, 0.0, 0.0]
+        two = self.two_at_once(unit, column, now)
+        if two is not None:
+            unit, column, adds, lead = two
+            gain = self.gain(unit, self.score(unit, column) - adds[1])
+            other = gain - lead
+            self.n_apart += 1
+        shift, amplitude, wave = self.fit(unit, column, adds)
         near = [v for v, c, _, _ in self.subtracted if abs(c - column) < self.spans.overlap]
         collision = int(any(v in self.rivals(unit) for v in near))
-        self.measured.append((amplitude, gain, self.second_best(unit, column)))
+        self.measured.append((amplitude, gain, other))
         self.found.append((unit, column, shift, collision))
         self.residual[:, column - self.spans.n_before :][:, : len(wave)] -= in_steps(amplitude * wave.T)
         self.subtracted.append((unit, column, wave, amplitude))
 
     def __call__(self, first: int, stop: int) -> None:
+        self.through = first - self.spans.look_back
         for now in range(first, stop):
-            longest = now - self.spans.patience
+            longest, reach = now - self.spans.patience, now - self.spans.look_back
             look_from = longest if longest in self.waiting else now
             for _ in range(self.spans.rounds):
-                found = self.candidate(look_from, now)
+                found = self.candidate(look_from, reach, now)
                 if found is None:
                     break
-                self.take(*found)
-                look_from = longest
+                self.take(*found, now)
+                reach = max(min(reach, self.found[-1][1] - self.spans.look_back), self.through)
+                look_from = min(longest, reach)
             self.waited |= self.waiting
             self.waiting.discard(longest)
+            while self.through + self.spans.look_back <= now and not self.waiting & {
+                self.through,
+                self.through + self.spans.look_back,
+            }:
+                self.through += 1

@@ -74,6 +74,7 @@ LIMITS = Limits(
     core=kernels._CORE,
     larger_by=float(kernels._LARGER_BY),
     herald=float(kernels._HERALD),
+    sum=float(kernels._SUM),
 )
 
 

@@ -46,6 +46,9 @@ def window(residual: Floats, n_units: int) -> Window:
         amplitude=np.zeros(n_columns, np.float32),
         gain=np.zeros(n_columns, np.float32),
         runner_up=np.zeros(n_columns, np.float32),
+        scratch=np.zeros(n_columns, np.float32),
+        seen=np.zeros(n_columns, np.float32),
+        through=np.zeros(1, np.int32),
     )
 
 
@@ -115,12 +118,14 @@ def test_peeling_equals_its_definition(seed: int) -> None:
     slow = naive_match.Peeler(traces.T.astype(float), t, threshold, SPANS, LIMITS)
     slow(first, stop)
     one = window(traces.T, 3)
+    one.through[0] = first - SPANS.look_back
     kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
     n = kernels.peel(one, t, threshold, first, stop, computed, SPANS)
-    assert n >= 2 and slow.waited
+    assert n >= 2 and slow.waited and slow.n_apart
     assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
     measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)
     np.testing.assert_allclose(measured, slow.measured, rtol=2e-3, atol=0.05)
     np.testing.assert_allclose(one.residual[:, :n_columns], slow.residual, atol=2e-3)
     np.testing.assert_array_equal(one.residual * 1024, np.rint(one.residual * 1024))
     assert set(np.flatnonzero(one.deferred).tolist()) == slow.waiting
+    assert one.through[0] == slow.through
