@@ -33,7 +33,8 @@ _AFTER_JUMP = 10  # spikes a template counts for that was moved far: it is an in
 _DOUBT_S, _BLUR, _EXCHANGED = 20.0, 0.02, 2.0
 _LEAST_MOVE_UM = 1.0  # smaller moves wait: the estimate of the displacement trembles by as much
 _NEWS_PER_UM = 0.1  # as much as a tenth of an error learned
-_MOST_REMADE = 4  # 0.5 ms each
+
+MOST_REMADE = 4  # templates at a learning boundary, 0.5 to 1 ms each
 
 
 class Bank:
@@ -170,7 +171,7 @@ class Bank:
         self.remake(len(self))
         self._expected, self._doubt_s = Templates._make(column.copy() for column in self.templates), _DOUBT_S
 
-    def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float, n_most: int = _MOST_REMADE) -> bool:
+    def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float, n_most: int = MOST_REMADE) -> bool:
         """Take a period's spikes in; tell whether templates changed.
 
         Parameters

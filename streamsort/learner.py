@@ -9,14 +9,14 @@ the prototypes then move to its space.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.assign import Assign, Explained, Known, Notes
-from streamsort.bank import Bank
+from streamsort.bank import MOST_REMADE, Bank
 from streamsort.calibrate import Calibration, calibrate, template_mismatch
 from streamsort.cluster import Assignment, Newcomer, Prototypes, Space
 from streamsort.config import SorterConfig
@@ -34,6 +34,7 @@ from streamsort.units import Registry
 from streamsort.warmup import Warmup
 
 Floats = NDArray[np.float32]
+Lesson = Generator[None, None, Known | None]
 
 # Newcomers so like a unit are that unit. Less will do where embeddings say the same, and where the tissue has moved since it was
 # last seen; its template is replaced if it missed so many spikes and nearly all newcomers came since.
@@ -106,7 +107,7 @@ class Learner:
         template_mismatch(snippets[0], snippets[1], self._snippets.neighbors[0], self._snippets.neighbors[0], 0.0)
         Match(self._config.match, self._probe.n_channels, self._rate).warmup(self._config.match)
 
-    def gather(self, encoder: Encoder, batches: Sequence[PeakBatch]) -> None:
+    def gather(self, encoder: Encoder, batches: Sequence[PeakBatch]) -> Lesson:
         """Keep the traces and peaks of a period for calibration, and take the displacement from them."""
         for batch in batches:
             self._warmup.add(batch)
@@ -114,8 +115,11 @@ class Learner:
         peaks = join_records([np.zeros(0, PEAK_DTYPE), *(batch.peaks for batch in batches)])
         snippets, noise_level = (np.concatenate([getattr(one, name) for one in batches]) for name in ("snippets", "noise_level"))
         scaled = noise_units(snippets, noise_level)
+        yield
         self._reservoir.add(peaks, encoder(snippets, noise_level), scaled)
+        yield
         self.motion.update(scaled, peaks["channel"])
+        return None
 
     def calibrate(self, sample_index: int, published_through: int) -> Assign:
         """Make units of what was gathered before `sample_index`; the peaks before `published_through` are out already."""
@@ -149,22 +153,31 @@ class Learner:
         self.table = self.registry.table(sample_index)
         return assign
 
-    def learn(self, encoder: Encoder, notes: Notes, boundary: int) -> Known:
-        """Take in what was noted before a boundary; return the units as they are to be named by."""
+    def learn(self, encoder: Encoder, notes: Notes, boundary: int) -> Lesson:
+        """Take in what was noted before a boundary; return the units as they are to be named by. It yields where it may rest."""
         bank, prototypes = self.bank, self.prototypes
         assert bank is not None and prototypes is not None
         if notes.n_skipped:
             prototypes.skip_gap()
             self.registry.skip_gap(notes.n_skipped)
         peaks, snippets, embeddings = self._embedded(encoder, notes.explained)
+        yield
         self.motion.update(snippets, peaks["channel"])
+        yield
         self._follow(bank, notes, boundary)
+        for _ in range(MOST_REMADE - 1):
+            yield
+            self._remake(bank)
+        yield
         if len(peaks):
             self._teach(prototypes, notes.explained, peaks, snippets, prototypes.predict(embeddings, peaks["channel"]))
+        yield
         self._note_spikes(notes, boundary)
+        yield
         oldest = boundary - round(self._config.cluster.birth_s * self._rate)
         for newcomer in prototypes.discover(oldest):
             self._welcome(bank, prototypes, newcomer, boundary)
+        yield
         self.table = self.registry.table(boundary)
         return self._known()
 
@@ -192,8 +205,13 @@ class Learner:
         self._move(bank, boundary)
         # After a step the spikes, and those of the next period too, were found by templates that are no more.
         if not (self.motion.stepped or self._stepped):
-            bank.learn(matches, snippets, self._config.cluster.period_s)
+            bank.learn(matches, snippets, self._config.cluster.period_s, n_most=0)
         self._stepped = self.motion.stepped
+        self._remake(bank)
+
+    def _remake(self, bank: Bank) -> None:
+        """Bring the template with most news up to date."""
+        bank.remake(1)
         for row in bank.remade:
             self._place(bank, row)
 

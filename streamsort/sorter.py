@@ -15,10 +15,9 @@ stream, at fixed sample indices; that is why the size of the chunks makes no dif
 """
 
 import logging
+import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ from streamsort.config import SorterConfig
 from streamsort.detect import Detect
 from streamsort.encode import Encoder
 from streamsort.errors import StreamsortError
-from streamsort.learner import Learner
+from streamsort.learner import Learner, Lesson
 from streamsort.match import sizes
 from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
@@ -40,6 +39,9 @@ from streamsort.snippets import Snippets
 
 Floats = NDArray[np.float32]
 
+# Ten times in a lesson: while one is learned, whoever names spikes waits for the interpreter at every turn, and ten delays of one
+# chunk are less than one of ten.
+_REST_S = 2e-3
 _MOST_SAMPLES = 4096  # to a batch: matching still has the surroundings of all its peaks then
 
 _log = logging.getLogger("streamsort.sorter")
@@ -196,13 +198,16 @@ class Sorter:
         if boundary <= self._learned_through and not warm:
             return
         self.settle()
-        lesson: Callable[[], Known | None]
         if self._assign is None:
             batches, self._gathered = self._gathered, []
-            lesson = partial(self._learner.gather, self.encoder, batches)
+            lesson = self._learner.gather(self.encoder, batches)
         else:
-            lesson = partial(self._learner.learn, self.encoder, self._assign.take_notes(), boundary)
-        self._lesson = pool.submit(lesson) if pool is not None else _learned(lesson)
+            lesson = self._learner.learn(self.encoder, self._assign.take_notes(), boundary)
+        if pool is not None:
+            self._lesson = pool.submit(_learn, lesson, _REST_S)
+        else:
+            self._lesson = Future()
+            self._lesson.set_result(_learn(lesson))
         self._learned_through = boundary
         if warm:
             self.settle()
@@ -354,8 +359,13 @@ class Sorter:
         )
 
 
-def _learned(lesson: Callable[[], Known | None]) -> Future[Known | None]:
-    """Learn a lesson here and now."""
-    future: Future[Known | None] = Future()
-    future.set_result(lesson())
-    return future
+def _learn(lesson: Lesson, rest_s: float = 0.0) -> Known | None:
+    """Learn a lesson to its end, resting wherever it may."""
+    while True:
+        try:
+            next(lesson)
+        except StopIteration as end:
+            known: Known | None = end.value
+            return known
+        if rest_s:
+            time.sleep(rest_s)
