@@ -10,9 +10,11 @@ the warm-up the stream is queued, and caught up with afterwards: latency counts 
 warm-up that the sorter did not flag as late, and `catch up s` is how long after the warm-up that is. Where more peaks come than can
 be sorted there is none: then latency counts from `--catch-up-s` on, and grows without bound.
 
-Printed as the floor is what the first spike of a chunk waits in any implementation: look-ahead, and the chunk that has to fill;
-later ones wait less, so with long chunks the median lies below it. Memory is the resident memory of the sorting process, twice a
-second; CPU is a share of one core. Percentiles of the stages are medians, over the seconds, of those in the `status` messages.
+The percentiles are of sorted spikes. A peak that no unit explains comes out later, as unsorted, when all that could explain it is
+decided; these have columns of their own. Printed as the floor is what the first spike of a chunk waits in any implementation:
+look-ahead, and the chunk that has to fill; later ones wait less, so with long chunks the median lies below it. Memory is the
+resident memory of the sorting process, twice a second; CPU is a share of one core. Percentiles of the stages are medians, over the
+seconds, of those in the `status` messages.
 """
 
 import argparse
@@ -43,7 +45,7 @@ from streamsort.config import StreamConfig
 from streamsort.errors import StreamsortError
 from streamsort.loopback import keep_lsl_private
 from streamsort.player import replay
-from streamsort.records import Flag
+from streamsort.records import UNSORTED, Flag
 from streamsort.simulate import SimulationConfig
 
 COLUMNS = {
@@ -59,6 +61,8 @@ COLUMNS = {
     "p99": "p99",
     "p99.9": "p99.9",
     "max": "max",
+    "unsorted_p50": "unsorted p50",
+    "unsorted_p99": "p99",
     "empty_p99": "empty loop p99",
     "empty_max": "max",
     "samples_lost": "samples lost",
@@ -128,7 +132,7 @@ def play(args: argparse.Namespace) -> dict[str, Any]:
 
 def receive(args: argparse.Namespace) -> dict[str, Any]:
     """Note when each spike arrived, until stdin is closed, and say when it is enough; keep the status messages."""
-    parts: list[tuple[NDArray[Any], NDArray[Any]]] = []
+    parts: list[tuple[NDArray[Any], NDArray[Any], NDArray[Any]]] = []
     statuses: list[dict[str, Any]] = []
     rate, enough = SimulationConfig.sampling_frequency, False
     from_sample = round((args.warmup_s + args.catch_up_s) * rate)
@@ -139,7 +143,8 @@ def receive(args: argparse.Namespace) -> dict[str, Any]:
         for message in messages:
             now = time.monotonic()
             if message.topic == "spikes":
-                parts.append((message.payload["sample_index"].copy(), now - message.payload["time"]))
+                spikes = message.payload
+                parts.append((spikes["sample_index"].copy(), now - spikes["time"], spikes["unit_id"] != UNSORTED))
                 from_sample = min(from_sample, first_in_time(message.payload, args.warmup_s * rate, from_sample))
                 if not enough and parts[-1][0].max(initial=0) >= from_sample + args.seconds * rate:
                     enough = True
@@ -147,9 +152,9 @@ def receive(args: argparse.Namespace) -> dict[str, Any]:
             else:
                 statuses.append(message.payload)
         lost = dict(subscription.lost)
-    sample_index = np.concatenate([part[0] for part in parts]) if parts else np.zeros(0, np.int64)
-    latency_s = np.concatenate([part[1] for part in parts]) if parts else np.zeros(0)
-    np.savez(args.out, sample_index=sample_index, latency_s=latency_s)
+    none = np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool)
+    sample_index, latency_s, is_sorted = (np.concatenate(column) for column in zip(none, *parts, strict=True))
+    np.savez(args.out, sample_index=sample_index, latency_s=latency_s, is_sorted=is_sorted)
     return {"messages_lost": lost, "statuses": statuses, "from_sample": from_sample}
 
 
@@ -307,7 +312,8 @@ def _figures(
     began = min(status["time"] - status["samples_acquired"] / rate for status in heard["statuses"])
     from_time = began + from_s
     empty = lateness[lateness[:, 0] >= from_time, 1]
-    received = spread(1e3 * spikes["latency_s"][counts], (50, 95, 99, 99.9))
+    latency_ms, is_sorted = 1e3 * spikes["latency_s"][counts], spikes["is_sorted"][counts]
+    unsorted = spread(latency_ms[~is_sorted], (50, 95, 99, 99.9))
     return {
         "channels": n_channels,
         "chunk_ms": chunk_ms,
@@ -321,8 +327,10 @@ def _figures(
         "peaks_per_s": float(counts.sum() / args.seconds),
         "look_ahead_ms": counted["floor_ms"],
         "floor_ms": counted["floor_ms"] + chunk_ms,
-        **received,
-        "n": int(counts.sum()),
+        **spread(latency_ms[is_sorted], (50, 95, 99, 99.9)),
+        **{f"unsorted_{name}": value for name, value in unsorted.items()},
+        "n": int(is_sorted.sum()),
+        "n_unsorted": int((~is_sorted).sum()),
         "calibration_pause_ms": float(1e3 * spikes["latency_s"][pause].max(initial=0.0)),
         **{f"empty_{name}": value for name, value in spread(1e3 * empty, (50, 99)).items()},
         "stages_ms": {stage: _typical(heard["statuses"], stage, from_time) for stage in STAGES},
