@@ -38,6 +38,7 @@ _SAME = 16.0, 0.98  # squared distance beyond that of noise, or cosine, at which
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
 _HANDOVER_LIKENESS, _HANDOVER_SHARED, _BIN_S = 0.85, 0.5, 2.0
 _SPLIT_RATIO, _SPLIT_DISTANCE, _SPLIT_COSINE = 0.4, 4.0, 0.97
+_BURST_MS = 20.0  # two parts more alike than that are one neuron if the smaller spikes come this near the larger ones
 _NOISE_STRETCHES, _QUIET_MS = 40, 1.0
 _MOST_SNIPPETS = 400
 _GROUP_SPIKES = 12  # so many unexplained candidates make a first template; the unit itself must have more
@@ -146,7 +147,9 @@ class Refine:
         self._seconds = sum(len(traces) for _, traces in stretches) / sampling_frequency
         self._near = probe.neighbors(config.match.radius_um)
         self._latest = np.zeros(0, MATCH_DTYPE)
-        self._echo_samples, self._far_echo_samples = (round(ms * sampling_frequency / 1000) for ms in (_ECHO_MS, _FAR_ECHO_MS))
+        self._echo_samples, self._far_echo_samples, self._burst_samples = (
+            round(ms * sampling_frequency / 1000) for ms in (_ECHO_MS, _FAR_ECHO_MS, _BURST_MS)
+        )
 
     def __call__(self, seeds: Seeds) -> tuple[Bank, NDArray[np.void]]:
         """Return the units' bank as it is at the end, and all their spikes."""
@@ -324,9 +327,16 @@ class Refine:
             cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
             apart = np.linalg.norm(scores[second].mean(axis=0) - scores[~second].mean(axis=0))
             ratio = valley_ratio(scores[~second].astype(np.float32), scores[second].astype(np.float32))
-            if ratio < _SPLIT_RATIO and apart > _SPLIT_DISTANCE and cosine < _SPLIT_COSINE and _interleaved(second):
+            clear = ratio < _SPLIT_RATIO and apart > _SPLIT_DISTANCE and _interleaved(second)
+            if clear and (cosine < _SPLIT_COSINE or (cosine < _SAME[1] and not self._bursts(done, row, second == (b @ b < a @ a)))):
                 return [~second, second]
         return everything
+
+    def _bursts(self, done: _Pass, row: int, smaller: NDArray[np.bool_]) -> bool:
+        """Tell whether the smaller of a row's spikes come with the larger ones, as those of one neuron in a burst do."""
+        times = np.array(done.sample_index[row])
+        larger = np.sort(times[~smaller])
+        return self._echoes(np.sort(times[smaller]), [(larger, self._burst_samples)]) > _MOST_ECHOES
 
 
 def _two_means(x: NDArray[np.float64], second: NDArray[np.bool_], n_iterations: int = 20) -> NDArray[np.bool_]:

@@ -124,6 +124,18 @@ def test_two_units_in_one_cluster_are_told_apart() -> None:
     assert_exactly_these(*scene.refined(), scene.trains, 0.9)
 
 
+@pytest.mark.parametrize("burst", [False, True], ids=["two neurons", "bursts"])
+def test_sizes_alone_tell_two_neurons_unless_the_small_follow_the_large(burst: bool) -> None:
+    one, other = Cell(18.0, 12.0, 20.0), Cell(13.0, 15.0, 20.0, width=2.7)
+    scene = Scene().add(always(one), always(0))
+    scene.add(always(other), always(0), times=scene.trains[0] + 240 if burst else None)
+    bank, matches = scene.refined()
+    if burst:
+        assert_exactly_these(bank, matches, [np.sort(np.concatenate(scene.trains))], 0.9)
+    else:
+        assert_exactly_these(bank, matches, scene.trains, 0.85)
+
+
 def test_an_echo_is_no_unit() -> None:
     """What follows a unit's spikes at a fixed lag is part of them, however well it is clustered."""
     scene = Scene().add(always(LARGE), always(0))
