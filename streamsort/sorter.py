@@ -62,7 +62,7 @@ class Sorter:
     ----------
     margin_samples : int
         Look-ahead: a spike is emitted once so many samples after its trough are there; one that no unit explains, or that another
-        had hidden, up to two milliseconds later.
+        had hidden, up to four milliseconds later.
     calibrated : bool
         Whether units exist; until then every spike is unsorted.
     progress : float
@@ -236,7 +236,7 @@ class Sorter:
         """Let another encoder take over at the next learning boundary, or a refusal be told then; from any thread.
 
         The ledger says so in an event `model`. No spike of the output that carries the event, or of one after it, lies before its
-        `sample_index`; of the outputs before, all but those of the last two milliseconds do.
+        `sample_index`; of the outputs before, all but those of the last four milliseconds do.
 
         Parameters
         ----------

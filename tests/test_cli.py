@@ -382,7 +382,7 @@ def test_a_signal_in_mid_run_drains_saves_and_sums_up(number: signal.Signals, tm
     assert rows["session"] == str(session)
     assert int(json.loads(heard)["spikes"]) > 0
     assert saved.manifest["counters"]["n_spikes"] == len(saved.spikes) > 0
-    assert (np.diff(saved.spikes["sample_index"]) >= -30).all()
+    assert (np.diff(saved.spikes["sample_index"]) >= -120).all()  # a hidden one comes out up to 4 ms late
 
 
 def test_a_replay_is_sorted_without_loss(free_port: int) -> None:
