@@ -169,7 +169,7 @@ class Bank:
         self.n_spikes = np.minimum(self.n_spikes, _AFTER_JUMP)
         self._error[:] = 0
         self.remake(len(self))
-        self._expected, self._doubt_s = Templates._make(column.copy() for column in self.templates), _DOUBT_S
+        self._expected, self._doubt_s = self.templates.copied(), _DOUBT_S
 
     def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float, n_most: int = MOST_REMADE) -> bool:
         """Take a period's spikes in; tell whether templates changed.

@@ -112,13 +112,12 @@ class Learner:
         for batch in batches:
             self._warmup.add(batch)
         self._warmup.close()
-        peaks = join_records([np.zeros(0, PEAK_DTYPE), *(batch.peaks for batch in batches)])
-        snippets, noise_level = (np.concatenate([getattr(one, name) for one in batches]) for name in ("snippets", "noise_level"))
-        scaled = noise_units(snippets, noise_level)
         yield
-        self._reservoir.add(peaks, encoder(snippets, noise_level), scaled)
+        peaks, snippets, embeddings = self._embedded(encoder, batches)
         yield
-        self.motion.update(scaled, peaks["channel"])
+        self._reservoir.add(peaks, embeddings, snippets)
+        yield
+        self.motion.update(snippets, peaks["channel"])
         return None
 
     def calibrate(self, sample_index: int, published_through: int) -> Assign:
@@ -167,7 +166,8 @@ class Learner:
         self._follow(bank, notes, boundary)
         for _ in range(MOST_REMADE - 1):
             yield
-            self._remake(bank)
+            bank.remake(1)
+            self._place_remade(bank)
         yield
         if len(peaks):
             self._teach(prototypes, notes.explained, peaks, snippets, prototypes.predict(embeddings, peaks["channel"]))
@@ -186,16 +186,16 @@ class Learner:
         bank = self.bank
         assert bank is not None
         if self._copied is None or self._copied[0] is not bank.templates:
-            self._copied = bank.templates, Templates._make(column.copy() for column in bank.templates)
+            self._copied = bank.templates, bank.templates.copied()
         unit_id = np.array(self.unit_ids, np.int64)
         return Known(self._copied[1], bank.threshold, unit_id, self.registry.flags(unit_id))
 
-    def _embedded(self, encoder: Encoder, explained: list[Explained]) -> tuple[NDArray[Any], Floats, Floats]:
+    def _embedded(self, encoder: Encoder, parts: Sequence[PeakBatch | Explained]) -> tuple[NDArray[Any], Floats, Floats]:
         """Return a period's peaks, their snippets in noise units and their embeddings."""
-        peaks = join_records([np.zeros(0, PEAK_DTYPE), *(one.peaks for one in explained)])
+        peaks = join_records([np.zeros(0, PEAK_DTYPE), *(part.peaks for part in parts)])
         shape = self._snippets.n_before + self._snippets.n_after, self._config.snippets.n_neighbors
-        snippets = np.concatenate([np.zeros((0, *shape), np.float32), *(one.snippets for one in explained)])
-        level = np.concatenate([np.zeros((0, shape[1]), np.float32), *(one.noise_level for one in explained)])
+        snippets = np.concatenate([np.zeros((0, *shape), np.float32), *(part.snippets for part in parts)])
+        level = np.concatenate([np.zeros((0, shape[1]), np.float32), *(part.noise_level for part in parts)])
         return peaks, noise_units(snippets, level), encoder(snippets, level)
 
     def _follow(self, bank: Bank, notes: Notes, boundary: int) -> None:
@@ -205,13 +205,11 @@ class Learner:
         self._move(bank, boundary)
         # After a step the spikes, and those of the next period too, were found by templates that are no more.
         if not (self.motion.stepped or self._stepped):
-            bank.learn(matches, snippets, self._config.cluster.period_s, n_most=0)
+            bank.learn(matches, snippets, self._config.cluster.period_s, n_most=1)
         self._stepped = self.motion.stepped
-        self._remake(bank)
+        self._place_remade(bank)
 
-    def _remake(self, bank: Bank) -> None:
-        """Bring the template with most news up to date."""
-        bank.remake(1)
+    def _place_remade(self, bank: Bank) -> None:
         for row in bank.remade:
             self._place(bank, row)
 

@@ -73,6 +73,10 @@ class Templates(NamedTuple):
         """The mean snippets without shift, (n_units, n_whole, n_neighbors)."""
         return self.shifted[:, N_SHIFTS // 2]
 
+    def copied(self) -> "Templates":
+        """Return these units as they are now: `TemplateMaker.put` writes in place."""
+        return Templates._make(column.copy() for column in self)
+
     def joined(self, others: "Templates") -> "Templates":
         """Return these units and others; who are rivals is still to be told, see `TemplateMaker.related`."""
         columns = (np.concatenate(pair) for pair in zip(self[:-1], others[:-1], strict=True))

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from scenes import RATE, Cell, maker, mean_snippets
 
+from streamsort.assign import Notes
 from streamsort.bank import Bank
-from streamsort.learner import share_near
+from streamsort.config import SorterConfig
+from streamsort.learner import Learner, share_near
 from streamsort.probe import Probe
+from streamsort.snippets import Snippets
 
 PROBE = Probe.linear(24, 20.0)
 LARGE, SMALL, FAR = Cell(20.0, 40.0, 15.0), Cell(8.0, 60.0, 15.0), Cell(6.0, 440.0, 15.0)
@@ -27,3 +30,17 @@ def test_a_known_unit_is_recognised_out_of_place(lag: int) -> None:
     cosine, energy = units.likeness_to(np.roll(units.means[1], lag, axis=0) * np.float32(1.1))
     assert cosine.argmax() == 1 and cosine[1] > 0.9 and cosine[0] < 0.8 and cosine[2] == 0
     assert energy == pytest.approx(1.21 * units.templates.energy[1], rel=0.1)
+
+
+def test_after_a_step_units_are_where_the_tissue_took_them() -> None:
+    config = SorterConfig()
+    learner = Learner(config, PROBE, RATE, Snippets(config.snippets, PROBE, RATE), n_dims=4)
+    bank = learner.bank = Bank(maker(PROBE), mean_snippets([LARGE, FAR], PROBE), np.full(2, 200), np.full(2, 5.0), RATE)
+    learner.unit_ids = [learner.registry.born(0, "calibration") for _ in range(2)]
+    for row in range(2):
+        learner._place(bank, row)
+    units = learner.registry.units.values()
+    before = [unit.y_um for unit in units]
+    learner.motion.change_um[:] = -20.0
+    learner._follow(bank, Notes(learner._known(), [], [], [], [], 0), 7500)
+    np.testing.assert_allclose([unit.y_um for unit in units], np.array(before) - 20, atol=4)
