@@ -13,8 +13,9 @@ truth, found by `--peerdata`, the refractory violations are shown.
 
 The second table says whether ids last (`streamsort.identity`): `same id`, and for units of SNR 6 or more `purity` (mean and worst
 unit) and `switches` (sum). `ECE` is the expected calibration error of the confidence, `stable AUC` how well the published state
-marks the units with accuracy of 0.8 or more (`streamsort.trust`); `pairs` is the share of pairs of true spikes, of different units
-of SNR 6 or more with main channels within 100 um, of which both were found; `CPU s/s` is processor time per second of recording.
+marks the units with accuracy of 0.8 or more (`streamsort.trust`), which below the table is also told of the units of all recordings
+together; `pairs` is the share of pairs of true spikes, of different units of SNR 6 or more with main channels within 100 um, of
+which both were found; `CPU s/s` is processor time per second of recording.
 
 Rivals' rows are copied from a file of results, not run here. `same data` says whether they were made from these very samples, and
 scored on the same seconds; `unknown` when the file does not tell.
@@ -29,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from accuracy_data import KINDS, Case, digest, plan
-from accuracy_sort import OVERLAPS_MS, SNR_BINS, scores, sort_case, violations
+from accuracy_sort import GOOD_ACCURACY, OVERLAPS_MS, SNR_BINS, scores, sort_case, stable_auc, violations
 from report import publish
 
 from streamsort.errors import StreamsortError
@@ -199,6 +200,10 @@ def publish_all(rows: list[dict[str, Any]], versions: Mapping[str, Any], args: a
     publish(title, ACCURACY, known, args, without_truth=blind, versions_of_peers=versions)
     if known:
         publish("whether ids last, trust and cost", TRUST, known, plain)
+        units = [unit for row in known for unit in row.get("units_judged", ())]
+        n_bad = sum(unit["accuracy"] < GOOD_ACCURACY for unit in units)
+        auc = stable_auc(units) if units else None
+        print(f"stable AUC of all {len(units)} units, {n_bad} of them bad: {'-' if auc is None else f'{auc:.2f}'}")
     if peers := dict.fromkeys(row["version"] for row in known if row.get("version")):
         print("rivals:", ", ".join(peers))
     if blind:

@@ -7,7 +7,7 @@
 import argparse
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -132,6 +132,7 @@ def scores(result: Sorted) -> dict[str, Any]:
     compared = compare(result.spikes, true, result.sampling_frequency, result.warmup_s, result.seconds)
     score = Score.of(compared)
     snr = case.snr[[unit.unit_true for unit in score.units]]
+    units = judged(result, score)
     reliability = calibration(compared, result.spikes["confidence"])
     clear = [unit for unit, height in zip(score.units, snr, strict=True) if height >= CLEAR_SNR]
     purities = [unit.id_purity for unit in clear if unit.id_purity is not None]
@@ -144,7 +145,8 @@ def scores(result: Sorted) -> dict[str, Any]:
         "id_switches_clear": sum(unit.id_switches for unit in clear) if clear else None,
         "calibration_error": reliability.error,
         "calibration": [asdict(one) for one in reliability.bins],
-        "stable_auc": _stable_auc(result, score),
+        "units_judged": units,
+        "stable_auc": stable_auc(units),
         **_overlaps(result, compared),
         "windows": [None if np.isnan(value) else value for value in accuracy_in_windows(compared).tolist()],
     }
@@ -160,14 +162,22 @@ def by_snr(key: str, values: NDArray[Any], snr: NDArray[np.float64]) -> dict[str
     return bins
 
 
-def _stable_auc(result: Sorted, score: Score) -> float | None:
-    """Tell how well `stable`, at the end, marks the good ones among the units that published spikes after the warm-up."""
+def judged(result: Sorted, score: Score) -> list[dict[str, Any]]:
+    """List the units that published spikes after the warm-up: their state at the end, and how accurate they are."""
     accuracy = {unit.unit_id: unit.accuracy for unit in score.units if unit.tp}
     late = result.spikes["sample_index"] >= result.warmup_s * result.sampling_frequency
     seen = set(np.unique(result.spikes["unit_id"][late]).tolist())
-    units = [unit for unit in result.units if unit["unit_id"] in seen]
+    return [
+        {"unit_id": unit["unit_id"], "state": unit["state"], "accuracy": accuracy.get(unit["unit_id"], 0.0)}
+        for unit in result.units
+        if unit["unit_id"] in seen
+    ]
+
+
+def stable_auc(units: Sequence[dict[str, Any]]) -> float | None:
+    """Tell how well `stable` marks the good ones among units as `judged` lists them."""
     stable = np.array([unit["state"] == "stable" for unit in units], np.bool_)
-    return separation(stable, np.array([accuracy.get(unit["unit_id"], 0.0) >= GOOD_ACCURACY for unit in units], np.bool_))
+    return separation(stable, np.array([unit["accuracy"] >= GOOD_ACCURACY for unit in units], np.bool_))
 
 
 def _overlaps(result: Sorted, compared: Comparison) -> dict[str, Any]:

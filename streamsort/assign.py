@@ -3,7 +3,8 @@
 In come batches of traces with their threshold peaks; out go spikes. Template matching names the spikes, also those that overlap and
 those too small for the threshold; a peak that is still there when all of them are subtracted is published as unsorted. State is the
 matcher's window and the peaks whose surroundings are not decided yet. Nothing is learned here, nor embedded: what there is to learn
-from is noted, and what was learned comes back as `Known` at a learning boundary.
+from is noted, and what was learned comes back as `Known` at a learning boundary. Where there is no time to match, `hasten` names
+the peaks alone.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.config import SorterConfig
+from streamsort.kernels.nearest import nearest
 from streamsort.match import MATCH_DTYPE, Match
 from streamsort.noise import divisor
 from streamsort.probe import Probe
@@ -111,6 +113,7 @@ class Assign:
         published_through: int,
     ) -> None:
         self._nearby = probe.distances_um() <= config.match.radius_um
+        self._neighbors = probe.neighbors(config.snippets.radius_um, config.snippets.n_neighbors)
         self._threshold = config.detect.detect_threshold * _STILL_THERE
         self.channel_noise = divisor(channel_noise)
         self._same = round(_SAME_SPIKE_MS * sampling_frequency / 1000)
@@ -123,6 +126,7 @@ class Assign:
         self._recent = np.zeros(0, MATCH_DTYPE)
         self._near_gap = np.zeros(0, np.int64)
         self._notes = Notes(known, [], [], [], [], 0)
+        self._nearest(np.zeros(0, np.uint16), np.zeros((0, 1, self._neighbors.shape[1]), np.float32))  # compiles
 
     @property
     def through_sample(self) -> int:
@@ -173,6 +177,40 @@ class Assign:
         notes.spikes.append(spikes)
         notes.matches.append(matches)
         return join_records([spikes, *unexplained])
+
+    def hasten(self, batch: PeakBatch, through_sample: int, named: bool) -> NDArray[np.void]:
+        """Take a batch without matching it; return its peaks, and those that waited, as spikes, all but their times.
+
+        Parameters
+        ----------
+        batch : PeakBatch
+        through_sample : int
+            All its peaks lie before.
+        named : bool
+            Whether each gets the unit of the nearest template; else all are unsorted.
+        """
+        parts, *columns = zip(*self._waiting, (batch.peaks, batch.snippets, batch.noise_level), strict=True)
+        self._waiting, self._published_through = [], through_sample
+        peaks, snippets = join_records(parts), np.concatenate(columns[0])
+        new = self.explain(peaks, self._recent) < 0
+        spikes = as_spikes(peaks[new])
+        if not named:
+            spikes["flags"] |= int(Flag.UNTRIED)
+            return spikes
+        row, gain, second = self._nearest(spikes["channel"].copy(), snippets[new])
+        sure = np.flatnonzero(row >= 0)
+        sure = sure[gain[sure] > self.known.threshold[row[sure]]]
+        over_noise, over_other = gain[sure] - self.known.threshold[row[sure]], gain[sure] - second[sure]
+        spikes["unit_id"][sure] = self.known.unit_id[row[sure]]
+        spikes["confidence"][sure] = _confidence(over_noise, over_other)
+        spikes["flags"] |= int(Flag.NEAREST_TEMPLATE)
+        return spikes
+
+    def _nearest(self, channel: NDArray[np.uint16], snippets: Floats) -> tuple[NDArray[np.int32], Floats, Floats]:
+        row = np.empty(len(channel), np.int32)
+        gain, second = np.empty((2, len(channel)), np.float32)
+        nearest(channel, snippets, self.channel_noise, self._neighbors, self.known.templates, row, gain, second)
+        return row, gain, second
 
     def skip_gap(self, n_samples: int) -> None:
         """Note that so many samples never came."""
@@ -228,18 +266,18 @@ class Assign:
             ends = -self.match.n_before, self.match.n_after
             first, last = (np.searchsorted(self._near_gap, spikes["sample_index"] + k) for k in ends)
             spikes["flags"][last > first] |= int(Flag.NEAR_GAP)
-        spikes["confidence"] = self._confidence(matches)
+        over_noise = matches["gain"] - self.known.threshold[matches["row"]]
+        spikes["confidence"] = _confidence(over_noise, matches["gain"] - matches["runner_up"])
         return spikes
 
-    def _confidence(self, matches: NDArray[np.void]) -> Floats:
-        """Return the probability that the unit is right: against noise, and against the next best unit."""
-        over_noise = matches["gain"] - self.known.threshold[matches["row"]]
-        over_other = matches["gain"] - matches["runner_up"]
-        # Overlapped by a spike taken off before, a unit may gain less than its rival; cut off what would overflow.
-        worst = np.float32(-100)
-        doubt = np.exp(-_CERTAINTY * np.maximum(over_noise, worst)) + np.exp(-_CERTAINTY * np.maximum(over_other, worst))
-        confidence: Floats = (1 / (1 + doubt)).astype(np.float32)
-        return confidence
+
+def _confidence(over_noise: Floats, over_other: Floats) -> Floats:
+    """Return the probability that a unit is right: against noise, and against the next best unit, by so much gain over each."""
+    # Overlapped by a spike taken off before, a unit may gain less than its rival; cut off what would overflow.
+    worst = np.float32(-100)
+    doubt = np.exp(-_CERTAINTY * np.maximum(over_noise, worst)) + np.exp(-_CERTAINTY * np.maximum(over_other, worst))
+    confidence: Floats = (1 / (1 + doubt)).astype(np.float32)
+    return confidence
 
 
 def explain(

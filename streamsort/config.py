@@ -194,12 +194,14 @@ class StreamConfig:
     # As long as nobody waits for units: making them takes longer than queue_s on a large probe, and is caught up with afterwards.
     calibration_queue_s: float = 180.0
     deadline_ms: float = 10.0  # a spike published later than this after its trough carries the flag `late`
+    shed_ms: float = 20.0  # a live chunk that waited longer makes the sorter leave things out, see `streamsort.shed`
     status_s: float = 1.0  # units and status are published this often
 
     def __post_init__(self) -> None:
         for name in ("queue_s", "calibration_queue_s"):
             _require(getattr(self, name) > 0, f"stream.{name}", getattr(self, name), "a positive number of seconds")
         _require(self.deadline_ms > 0, "stream.deadline_ms", self.deadline_ms, "a positive number of ms")
+        _require(self.shed_ms > 0, "stream.shed_ms", self.shed_ms, "a positive number of ms")
         _require(self.status_s > 0, "stream.status_s", self.status_s, "a positive number of seconds")
 
 

@@ -51,6 +51,7 @@ class Flag(IntFlag):
     PROBATION = 16
     LIGHT_ENCODER = 32
     NEAREST_TEMPLATE = 64
+    UNTRIED = 128
 
 
 GapKind = Literal["gap", "duplicate", "reorder", "nan", "saturation", "overrun"]

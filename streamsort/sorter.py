@@ -35,6 +35,7 @@ from streamsort.preprocess import Preprocess
 from streamsort.probe import Probe
 from streamsort.records import Chunk, Gap, Output, PeakBatch, StreamInfo
 from streamsort.refresh import Snapshot, Verdict
+from streamsort.shed import Level
 from streamsort.snippets import Snippets
 
 Floats = NDArray[np.float32]
@@ -67,6 +68,8 @@ class Sorter:
         Whether units exist; until then every spike is unsorted.
     progress : float
         Of calibration, 0 to 1.
+    level : Level
+        What is left out now for want of time.
 
     Raises
     ------
@@ -93,6 +96,7 @@ class Sorter:
         self._gathered: list[PeakBatch] = []
         self._lesson: Future[Known | None] | None = None
         self._events: list[dict[str, Any]] = []
+        self.level = Level.SORTED
         self._offers: deque[tuple[Verdict, Encoder | None]] = deque()
         self._period_samples = max(round(config.cluster.period_s * rate), 1)
         self._warmup_samples = round(config.warmup_s * rate)
@@ -167,7 +171,10 @@ class Sorter:
         else:
             if batch.start_sample > self._through_sample:
                 self._assign.skip_gap(batch.start_sample - self._through_sample)
-            spikes = self._assign(batch)
+            if self.level >= Level.NEAREST:
+                spikes = self._assign.hasten(batch, batch.through_sample - self._detect.margin, self.level == Level.NEAREST)
+            else:
+                spikes = self._assign(batch)
             through = self._assign.through_sample
         self._through_sample = batch.through_sample
         if len(spikes):
@@ -197,6 +204,9 @@ class Sorter:
         warm = self._assign is None and self._through_sample >= self._warmup_samples
         if boundary <= self._learned_through and not warm:
             return
+        if self.level > Level.SORTED and self._assign is not None:
+            self._skip_lesson(self._assign, boundary)
+            return
         self.settle()
         if self._assign is None:
             batches, self._gathered = self._gathered, []
@@ -213,6 +223,22 @@ class Sorter:
             self.settle()
             self._assign = self._learner.calibrate(self._through_sample, self._through_sample - self._detect.margin)
             self._events += self._learner.registry.take_events()
+
+    def _skip_lesson(self, assign: Assign, boundary: int) -> None:
+        """Forget what the last period could teach; the lesson under way takes force when it is done, and is not waited for."""
+        assign.take_notes()
+        self._learned_through = boundary
+        if not self.learning:
+            self.settle()
+
+    def shed(self, level: Level) -> None:
+        """Leave so much out from now on; the ledger says so. Never done for a file, whose spikes depend on its samples alone."""
+        if level == self.level:
+            return
+        reason = f"{self.level.name.lower()} before"
+        self.level = level
+        event = {"event": "shedding", "sample_index": self._published_through, "unit_id": None, "into": None, "reason": reason}
+        self._events.append(event | {"level": level.name.lower()})
 
     def settle(self) -> None:
         """Wait for the lesson under way, if there is one, and go by it from now on; raise what it raised."""

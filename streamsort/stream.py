@@ -6,9 +6,10 @@ a loop. Detection and assignment share a thread: each takes a fraction of a mill
 interpreter costs as much. Beside them one thread learns, and one looks after offers of a new encoder, if there is a session
 directory.
 
-When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait: once
-`queue_s` seconds of chunks are waiting (`calibration_queue_s` until calibration is caught up with), new ones are dropped, and the
-next one taken carries a `Gap` of kind `overrun`; and a sink that does not keep up loses its oldest outputs, for itself alone.
+When a queue is full, a file waits: each thread blocks the one before it and nothing is ever lost. A live source cannot wait. When
+its chunks do, the sorter leaves out what matters least (`streamsort.shed`); once `queue_s` seconds of them are waiting
+(`calibration_queue_s` until calibration is caught up with), new ones are dropped, and the next one taken carries a `Gap` of kind
+`overrun`. A sink that does not keep up loses its oldest outputs, for itself alone.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from streamsort.publish import Publisher
 from streamsort.queues import BoundedQueue
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Chunk, Flag, Gap, Output, PeakBatch
 from streamsort.session import SessionWriter
+from streamsort.shed import Shedder
 from streamsort.sinks import Archive, Sink
 from streamsort.sorter import Sorter
 from streamsort.sources import Source
@@ -54,6 +56,7 @@ class _Counts:
     unsorted: int = 0
     late: int = 0
     samples_lost: dict[str, int] = field(default_factory=dict)  # by kind of gap
+    samples_shed: dict[str, int] = field(default_factory=dict)  # by what was left out, see `streamsort.shed`
 
 
 class Stream:
@@ -108,7 +111,8 @@ class Stream:
         self._counts = _Counts()
         self._sorter_status: dict[str, Any] = {}
         self._dropped: list[Gap] = []
-        self._caught_up = False
+        self._shedder = Shedder(self._config)
+        self._caught_up = self._abreast = False
         self._status_due = 0.0
         self._through_sample = 0
         self._threads: list[threading.Thread] = []
@@ -209,8 +213,10 @@ class Stream:
             "time": time.monotonic(),
             "live": self._live,
             "floor_ms": self._sorter.margin_samples * milliseconds,
-            **{name: value for name, value in vars(counts).items() if name != "samples_lost"},
+            **{name: value for name, value in vars(counts).items() if not isinstance(value, dict)},
             "samples_lost": dict(counts.samples_lost),
+            "samples_shed": dict(counts.samples_shed),
+            "shedding": self._sorter.level.name.lower(),
             "source": dict(self._source.counters),
             "refresh": {} if self._refresher is None else self._refresher.status(),
             "outputs_dropped": sum(publisher.n_dropped for publisher in self._publishers),
@@ -268,10 +274,26 @@ class Stream:
             if not taken:  # the source is silent, which is when its status is wanted most
                 self._say_status()
                 self._serve_refresher()
+            self._shed(taken)
             for chunk in Chunk.joined(taken):
                 for batch in self._sorter.detect(chunk):
                     self._assign(batch)
         self._conclude()
+
+    def _shed(self, taken: list[Chunk]) -> None:
+        """Leave out what there is no time for, once a live source was caught up with."""
+        if not (self._live and taken and self._sorter.calibrated):
+            return
+        waited_s = time.monotonic() - taken[0].t_acquired
+        self._abreast |= waited_s < self._config.shed_ms / 1e3
+        if not self._abreast:
+            return
+        level = self._shedder.see(waited_s, taken[0].start_sample / self._source.info.sampling_frequency)
+        self._sorter.shed(level)
+        if level:
+            shed, name = self._counts.samples_shed, level.name.lower()
+            n_samples = sum(chunk.n_samples for chunk in taken)
+            self._counts.samples_shed = {**shed, name: shed.get(name, 0) + n_samples}
 
     def _assign(self, batch: PeakBatch) -> None:
         t_detected = time.monotonic()

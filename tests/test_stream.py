@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from streamsort.latency import LatencyHistogram
 from streamsort.publish import Publisher
 from streamsort.queues import BoundedQueue
 from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, Chunk, Flag, Gap, Output, PeakBatch, StreamInfo
+from streamsort.shed import Level
 from streamsort.stream import Stream
 
 FS = 1000.0
@@ -47,12 +49,14 @@ class CountingSorter:
     margin_samples = MARGIN
     calibrated = True
     progress = 1.0
+    level = Level.SORTED
 
     def __init__(
         self, on_detect: Callable[[], None] = never, on_assign: Callable[[], None] = never, on_learn: Callable[[], None] = never
     ) -> None:
         self.on_detect, self.on_assign, self.on_learn = on_detect, on_assign, on_learn
         self.warm = False
+        self.levels: list[Level] = []
         self._lesson: Future[int] | None = None
         self._pending: list[tuple[int, float]] = []
         self._through = 0
@@ -99,6 +103,10 @@ class CountingSorter:
         if self._assigned_through % PERIOD == 0:
             self.settle()
             self._lesson = pool.submit(self._learn, self._sum)
+
+    def shed(self, level: Level) -> None:
+        self.level = level
+        self.levels.append(level)
 
     def settle(self) -> None:
         if self._lesson is not None:
@@ -607,3 +615,21 @@ def test_status_goes_on_while_the_source_is_silent() -> None:
     assert len(silent) >= 3
     assert silent[-1].units is not None and silent[-1].status is not None
     assert silent[-1].status["source"] == {"stalls": 3}
+
+
+def test_a_live_source_that_waits_is_sorted_by_less_and_a_file_is_not() -> None:
+    waited_s = [1e6, 0, 150, 400, 1000, 0, 0, 0, 0]  # calibration is caught up with at the second chunk
+    length, now = round(1.1 * FS), time.monotonic()
+    chunks = [replace(chunk, t_acquired=now - wait) for chunk, wait in zip(even(9 * length, length), waited_s, strict=True)]
+    config = StreamConfig(shed_ms=1e5, queue_s=1e3)
+    levels = {}
+    for live in (True, False):
+        sorter = CountingSorter()
+        with Stream(ListSource(chunks, live=live), sorter, config=config) as stream:
+            assert stream.wait(PATIENCE_S)
+        levels[live], status = sorter.levels, stream.status()
+        n_shed = {"not_taught": length, "nearest": length, "crossings": 2 * length}
+        assert status["samples_shed"] == ({**n_shed, "nearest": 2 * length, "not_taught": 2 * length} if live else {})
+        assert status["shedding"] == "sorted"
+    assert [level.value for level in levels[True]] == [0, 1, 2, 3, 3, 2, 1, 0]
+    assert not levels[False]
