@@ -8,13 +8,12 @@ a spike is in its hands; a loop that only sleeps until the next ms and notes how
 adds; and, the second time, the `streamsort refresh` that `--refresh-every` starts, whose offer the run takes over or refuses.
 
 Latency is receipt minus the trough of each spike, for `--seconds` from when calibration is caught up with (`catch up s` after the
-warm-up, see `latency.py`); `refreshing` is the part from the start of the refresh until the former encoder is let go, and the same
+warm-up); `refreshing` is the part from the start of the refresh until the former encoder is let go, and the same
 part of the stream without one. The ids of a true unit are those that `streamsort.score` matches it to in a third of those seconds
 before the swap, and in one after it; in the run without a refresh around the same sample.
 """
 
 import argparse
-import contextlib
 import math
 import signal
 import sys
@@ -25,10 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from latency import Child, free_port, looks_until_enough
 from numpy.typing import NDArray
 from report import publish, spread
 
+from streamsort.bench.children import LOOK_S, Child, family, free_port
+from streamsort.bench.figures import latency_s
 from streamsort.config import RefreshConfig, StreamConfig
 from streamsort.score import score
 from streamsort.session import Session
@@ -60,7 +60,7 @@ MIN_SNR = 5.0
 _STARTED = 0.4  # of the time that counts: the refresh begins so long after calibration, and leaves a third behind the swap
 _QUIET_S = 1.0
 _SILENCE_S = 30.0
-_LATENCY = str(Path(__file__).with_name("latency.py"))
+_ROLES = ("-m", "streamsort.bench.roles")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,8 +110,8 @@ class Run:
         Samples that the player sent.
     counted : dict
         The summary of `streamsort run`.
-    spikes : mapping
-        `sample_index` and `latency_s` of each spike that the subscriber received.
+    arrivals : ndarray, shape (n_spikes,), ARRIVAL_DTYPE
+        The spikes that the subscriber received.
     lateness : ndarray, shape (n, 2), float64
         When the empty loop woke up, and how late, in s.
     heard : dict
@@ -122,7 +122,7 @@ class Run:
     session: Session
     sent: int
     counted: dict[str, Any]
-    spikes: dict[str, NDArray[Any]]
+    arrivals: NDArray[Any]
     lateness: NDArray[np.float64]
     heard: dict[str, Any]
     refreshed: bool
@@ -142,36 +142,34 @@ def stream(folder: Path, args: argparse.Namespace, refreshed: bool) -> Run:
     """Run the processes until enough of the recording is counted, and collect what they noted."""
     source, published = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
     kind = "with" if refreshed else "without"
-    session, spikes, lateness = folder / f"session-{kind}", folder / f"spikes-{kind}.npz", folder / f"lateness-{kind}.npy"
+    session, spikes, lateness = folder / f"session-{kind}", folder / f"spikes-{kind}.npy", folder / f"lateness-{kind}.npy"
     run = ["-m", "streamsort", "run", source, "--publish", published, "--session", str(session), "--json"]
     run += ["--warmup-s", str(args.warmup_s), "--encoder", args.encoder, "--timeout", str(_SILENCE_S)]
-    spans = ["--warmup-s", str(args.warmup_s), "--catch-up-s", str(args.catch_up_s), "--seconds", str(args.seconds)]
+    spans = ["--rate", str(SimulationConfig.sampling_frequency), "--warmup-s", str(args.warmup_s)]
+    spans += ["--catch-up-s", str(args.catch_up_s), "--seconds", str(args.seconds)]
     if refreshed:
         run += ["--refresh-every", str(_STARTED * args.seconds / 60)]
-    with contextlib.ExitStack() as stack:
+    with family() as children:
 
-        def start(*command: str) -> Child:
-            child = Child(*command)
-            stack.callback(child.kill)
-            return child
+        def start(name: str, *command: str) -> Child:
+            children.append(Child(name, *command))
+            return children[-1]
 
-        receiver = start(_LATENCY, "--role", "receive", "--url", published, "--out", str(spikes), *spans)
+        receiver = start("the subscriber", *_ROLES, "receive", "--url", published, "--out", str(spikes), *spans)
         receiver.wait_ready()
-        sleeper = start(_LATENCY, "--role", "idle", "--out", str(lateness))
+        sleeper = start("the empty loop", *_ROLES, "idle", "--out", str(lateness))
         sleeper.wait_ready()
-        sorter = start(*run)
+        sorter = start("the sorter", *run)
         recording = str(folder / "simulation" / "recording")
-        player = start("-m", "streamsort", "replay", recording, "--to", source, "--timeout", "120", "--json")
-        for _ in looks_until_enough(receiver, player, sorter):
+        player = start("the player", "-m", "streamsort", "replay", recording, "--to", source, "--timeout", "120", "--json")
+        while all(child.running for child in children) and receiver.hear(LOOK_S) is None:
             pass
         sent = player.finish(interrupt=True)["samples_sent"]
         time.sleep(_QUIET_S)
         counted = sorter.finish(interrupt=True)
         sleeper.finish()
         heard = receiver.finish()
-    with np.load(spikes) as columns:
-        received = dict(columns)
-    return Run(Session(session), sent, counted, received, np.load(lateness), heard, refreshed)
+    return Run(Session(session), sent, counted, np.load(spikes), np.load(lateness), heard, refreshed)
 
 
 def figures(run: Run, config: SimulationConfig, args: argparse.Namespace, swap: int | None) -> dict[str, Any]:
@@ -179,7 +177,7 @@ def figures(run: Run, config: SimulationConfig, args: argparse.Namespace, swap: 
     rate, statuses = config.sampling_frequency, run.heard["statuses"]
     from_s = run.heard["from_sample"] / rate
     to_s = from_s + args.seconds
-    at_s, latency_ms = run.spikes["sample_index"] / rate, 1e3 * run.spikes["latency_s"]
+    at_s, latency_ms = run.arrivals["sample_index"] / rate, 1e3 * latency_s(run.arrivals)
     counts = (at_s >= from_s) & (at_s < to_s)
     swap_s = (from_s + to_s) / 2 if swap is None else swap / rate
     began = min(status["time"] - status["samples_acquired"] / rate for status in statuses)

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"streamsort {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    sorting = (_add_demo, _add_run, _add_sort, _add_score)
+    sorting = (_add_demo, _add_run, _add_sort, _add_score, _add_bench)
     for add in (*sorting, _add_replay, _add_listen, _add_simulate, _add_doctor, _add_train, _add_refresh):
         add(commands)
     return parser
@@ -218,6 +218,46 @@ def _add_score(commands: Any) -> None:
     parser.add_argument("--from-s", type=float, metavar="S", help="only what fires from here on, such as after calibration")
     parser.add_argument("--to-s", type=float, metavar="S", help="only what fires before")
     _add_json(parser)
+
+
+def _add_bench(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "bench",
+        "Measure how fast this machine sorts a recording live, and how well. "
+        "A second process plays the recording over ZeroMQ or LSL, `streamsort run` sorts it in a third, a fourth notes when each "
+        "spike arrives. Latency is split into what the look-ahead takes, what is computed, and what is waited for. "
+        "Where the truth is known, accuracy is measured in the same run. What is too short is played again from its start.",
+        "faults, each --fault a phase of its own, those with a comma between them together:\n"
+        "  stall=200ms        the player pauses every 2 s, then sends what was due\n"
+        "  loss=1e-3          each chunk is lost with this probability (over zmq: LSL numbers no samples)\n"
+        "  jitter=5ms         each chunk comes up to so much late\n"
+        "  burst=10x          so many times the spikes, for 5 s: copies of the recording's own, at other times\n"
+        "  slow-encoder=20ms  each call of the encoder, which lessons need, takes so much longer\n"
+        "  slow-subscriber    a second subscriber that never reads\n"
+        "examples:\n"
+        "  streamsort bench sim:channels=32,units=15,seconds=20 --seconds 10 --warmup-s 8\n"
+        "  streamsort bench recording/ --headroom --fault stall=200ms --fault loss=1e-3,jitter=5ms --json > rig.json\n"
+        "  streamsort bench --compare before.json after.json\n",
+    )
+    parser.add_argument("source", metavar="SOURCE", nargs="?", help="a recording, or sim:...")
+    parser.add_argument("--transport", choices=("zmq", "lsl"), default="zmq", help="between the player and the sorter (zmq)")
+    parser.add_argument("--seconds", type=_positive, default=30.0, metavar="S", help="length of each phase (30)")
+    parser.add_argument("--chunk-ms", type=_positive, default=1.0, metavar="MS", help="length of what is sent at once (1)")
+    parser.add_argument(
+        "--catch-up-s", type=_positive, default=60.0, metavar="S", help="measure at the latest so long after the warm-up (60)"
+    )
+    parser.add_argument("--fault", action="append", default=[], metavar="FAULT=VALUE,...", help="a phase with faults, see below")
+    parser.add_argument("--headroom", action="store_true", help="at last play faster and faster, until the sorter falls behind")
+    parser.add_argument(
+        "--truth", metavar="TRUTH", help="as for score (the folder truth in or beside the recording, if there is one)"
+    )
+    parser.add_argument("--session", metavar="DIR", help="also record a session, as an experiment would")
+    parser.add_argument("--picture", metavar="FILE", help="PNG to draw; needs pip install 'streamsort[report]'")
+    parser.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="show two results of --json side by side, and measure nothing"
+    )
+    _add_sorting(parser)
 
 
 def _add_replay(commands: Any) -> None:

@@ -162,7 +162,8 @@ class Output:
     """What the sinks receive.
 
     Every spike with `sample_index < through_sample` has been emitted, in this output or before. `units` and `status` are there only
-    when they are due (once a second), else None. `model` is the encoder that named the spikes.
+    when they are due (once a second), else None. `model` is the encoder that named the spikes. The times are when, by the host's
+    clock, the chunk was in our hands, its peaks were found and its spikes named; `compute_s` is the processor time that took.
     """
 
     through_sample: int
@@ -172,4 +173,7 @@ class Output:
     units: list[dict[str, Any]] | None = None
     status: dict[str, Any] | None = None
     t_acquired: float = 0.0
+    t_detected: float = 0.0
+    t_assigned: float = 0.0
+    compute_s: float = 0.0
     model: str = ""

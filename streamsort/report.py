@@ -18,22 +18,22 @@ from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
 from streamsort.records import UNSORTED
 
-_INK, _FAINT, _PALE = "#1f2430", "#8a919e", "#e9ebef"
-_STYLE: dict[Any, Any] = {
+INK, FAINT, PALE = "#1f2430", "#8a919e", "#e9ebef"
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "text.color": INK,
+    "xtick.color": FAINT,
+    "ytick.color": FAINT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
 }
 _GREY_TICKS = 6000  # of unsorted crossings; more are a grey bar
 _SHOWN_PART = 0.5  # of a unit's largest peak-to-peak: channels with less are not drawn
@@ -79,7 +79,7 @@ class Page:
 def can_draw(say: Callable[[str], None]) -> bool:
     """Tell whether there is matplotlib; if not, say what to install."""
     try:
-        _figure_class()
+        figure_class("report.png")
     except StreamsortError as error:
         say(str(error))
         return False
@@ -94,11 +94,11 @@ def draw(page: Page, path: str | Path) -> None:
     StreamsortError
         If matplotlib is not installed.
     """
-    figure_class = _figure_class()
+    make = figure_class("report.png")
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
-        figure = figure_class(figsize=(16, 10.5), facecolor="white")
+    with matplotlib.rc_context(STYLE):
+        figure = make(figsize=(16, 10.5), facecolor="white")
         places = _places(figure)
         colors = _colors(page)
         _draw_title(figure, page)
@@ -110,8 +110,8 @@ def draw(page: Page, path: str | Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def _figure_class() -> Any:
-    """Import what draws without a display.
+def figure_class(what: str) -> Any:
+    """Import what draws `what` without a display.
 
     Raises
     ------
@@ -121,7 +121,7 @@ def _figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise StreamsortError("report.png needs matplotlib: pip install 'streamsort[report]'") from None
+        raise StreamsortError(f"{what} needs matplotlib: pip install 'streamsort[report]'") from None
     return Figure
 
 
@@ -155,12 +155,12 @@ def _colors(page: Page) -> dict[int, tuple[float, float, float]]:
 
 def _draw_title(figure: Any, page: Page) -> None:
     f = page.figures
-    figure.text(0.045, 0.957, "streamsort", fontsize=21, fontweight="bold", color=_INK)
+    figure.text(0.045, 0.957, "streamsort", fontsize=21, fontweight="bold", color=INK)
     about = (
         f"{f['n_channels']} channels simulated, {f['seconds']:.0f} s live over LSL, sorted by {f['encoder']} on {f['provider']}, "
         "decoded over ZeroMQ"
     )
-    figure.text(0.045, 0.932, about, fontsize=10.5, color=_FAINT)
+    figure.text(0.045, 0.932, about, fontsize=10.5, color=FAINT)
     median = f["latency_ms"]["p50"]
     facts = [
         (f"{f['n_units_matched']} / {f['n_units_true']}", "true units found"),
@@ -172,7 +172,7 @@ def _draw_title(figure: Any, page: Page) -> None:
     for k, (value, label) in enumerate(facts):
         x = 0.98 - 0.088 * (len(facts) - 1 - k)
         figure.text(x, 0.954, value, fontsize=17, fontweight="bold", ha="right")
-        figure.text(x, 0.932, label, fontsize=9.5, color=_FAINT, ha="right")
+        figure.text(x, 0.932, label, fontsize=9.5, color=FAINT, ha="right")
 
 
 def _draw_raster(axes: Any, page: Page, colors: dict[int, Any]) -> None:
@@ -181,7 +181,7 @@ def _draw_raster(axes: Any, page: Page, colors: dict[int, Any]) -> None:
     rows = {unit: k for k, unit in enumerate(order)}
     unsorted = page.spikes["unit_id"] == UNSORTED
     height = max(len(order), 1)
-    axes.axvspan(0, warmup_s, color=_PALE, lw=0)
+    axes.axvspan(0, warmup_s, color=PALE, lw=0)
     shown = np.flatnonzero(unsorted)[:: max(int(unsorted.sum()) // _GREY_TICKS, 1)]
     depth = page.probe.channel_locations[page.spikes["channel"][shown], 1]
     low, high = page.probe.channel_locations[:, 1].min(), page.probe.channel_locations[:, 1].max()
@@ -193,7 +193,7 @@ def _draw_raster(axes: Any, page: Page, colors: dict[int, Any]) -> None:
         mine = times[page.spikes["unit_id"] == unit]
         axes.vlines(mine, rows[unit] - 0.42, rows[unit] + 0.42, color=colors[unit], lw=0.8)
     note = "grey: calibration, threshold crossings by depth"
-    axes.text(1.0, 1.03, note, transform=axes.transAxes, ha="right", va="bottom", color=_FAINT)
+    axes.text(1.0, 1.03, note, transform=axes.transAxes, ha="right", va="bottom", color=FAINT)
     axes.set(xlim=(0, page.figures["seconds"]), ylim=(-1, height), xlabel="time (s)", ylabel="unit, by depth")
     labelled = range(0, len(order), 1 + height // _LABELLED_ROWS)
     axes.set_yticks(labelled, [str(order[k]) for k in labelled], fontsize=8)
@@ -217,7 +217,7 @@ def _draw_templates(axes: Any, page: Page, colors: dict[int, Any]) -> None:
         for column in np.flatnonzero(size > _SHOWN_PART * size.max()):
             x_um, y_um = places[neighbors[column]]
             wave = template[:, column] / largest * _TEMPLATE_PITCHES * pitch_y
-            axes.plot(x_um + x, y_um + wave, color=colors.get(unit, _INK), lw=1.3, alpha=alpha)
+            axes.plot(x_um + x, y_um + wave, color=colors.get(unit, INK), lw=1.3, alpha=alpha)
     axes.set(xlabel="x (µm)", ylabel="y (µm)")
     axes.set_title("Templates on the probe")
 
@@ -245,7 +245,7 @@ def _draw_map(axes: Any, page: Page, colors: dict[int, Any]) -> None:
         return
     features = np.column_stack([_in_spreads(page.embeddings[::every], units), _PLACE_WEIGHT * _steps(page.probe)[channels]])
     points = neighbor_map(features)
-    axes.scatter(*points.T, c=[colors.get(int(unit), _FAINT) for unit in units], s=9, alpha=0.75, lw=0)
+    axes.scatter(*points.T, c=[colors.get(int(unit), FAINT) for unit in units], s=9, alpha=0.75, lw=0)
     labels, counts = np.unique(units, return_counts=True)
     for unit in labels[counts >= _LABELLED_POINTS]:
         mine = points[units == unit]
@@ -286,7 +286,7 @@ def _draw_latency(axes: Any, page: Page) -> None:
     end = max(float(np.percentile(values, 99.5)) * 1.15, 2 * f["floor"])
     axes.hist(np.minimum(values, end), bins=np.linspace(0, end, 90), color="#4b6bb5", lw=0)
     for name in ("floor", "p50", "p95", "p99"):
-        axes.axvline(f[name], color=_FAINT if name == "floor" else _INK, lw=0.9, ls=(0, (3, 2)))
+        axes.axvline(f[name], color=FAINT if name == "floor" else INK, lw=0.9, ls=(0, (3, 2)))
     text = "\n".join(f"{name:<10}{f[key]:7.1f} ms" for name, key in _LATENCY_LINES)
     box = {"fc": "white", "ec": "none", "pad": 2}
     axes.text(0.99, 0.95, text, transform=axes.transAxes, ha="right", va="top", family="DejaVu Sans Mono", fontsize=9, bbox=box)
@@ -298,10 +298,10 @@ def _draw_accuracy(axes: Any, page: Page, colors: dict[int, Any]) -> None:
     axes.bar(
         range(len(units)),
         [unit["accuracy"] for unit in units],
-        color=[colors.get(unit["unit_id"], _PALE) for unit in units],
+        color=[colors.get(unit["unit_id"], PALE) for unit in units],
         width=0.8,
     )
-    axes.axhline(page.figures["accuracy_mean"], color=_INK, lw=0.9, ls=(0, (3, 2)))
+    axes.axhline(page.figures["accuracy_mean"], color=INK, lw=0.9, ls=(0, (3, 2)))
     labels = [str(unit["unit_id"]) if unit["unit_id"] != UNSORTED else "-" for unit in units]
     axes.set_xticks(range(len(units)), labels, fontsize=8)
     axes.tick_params(axis="x", length=0)

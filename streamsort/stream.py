@@ -115,6 +115,7 @@ class Stream:
         self._caught_up = self._abreast = False
         self._status_due = 0.0
         self._through_sample = 0
+        self._taken_cpu_s = 0.0
         self._threads: list[threading.Thread] = []
         self._n_running = 0
         self._lock = threading.Lock()
@@ -222,6 +223,7 @@ class Stream:
             "outputs_dropped": sum(publisher.n_dropped for publisher in self._publishers),
             "sink_errors": sum(publisher.n_errors for publisher in self._publishers),
             "queues": {"chunks_ms": self._chunks.weight * milliseconds},
+            "threads": {thread.name: thread.native_id for thread in threading.enumerate()},  # as the system counts their time
             "sinks": [publisher.status() for publisher in self._publishers],
             "latency_ms": {stage: histogram.summary() for stage, histogram in self._latency.items()},
             "latency_interval_ms": {stage: histogram.interval() for stage, histogram in self._latency.items()},
@@ -276,6 +278,7 @@ class Stream:
                 self._serve_refresher()
             self._shed(taken)
             for chunk in Chunk.joined(taken):
+                self._taken_cpu_s = time.thread_time()
                 for batch in self._sorter.detect(chunk):
                     self._assign(batch)
         self._conclude()
@@ -301,6 +304,7 @@ class Stream:
         output = self._sorter.assign(batch)
         now = time.monotonic()
         self._latency["assign"].add(now - t_detected)
+        output.t_detected, output.t_assigned, output.compute_s = t_detected, now, time.thread_time() - self._taken_cpu_s
         self._count(output, now)
         if now >= self._status_due:
             self._attach_status(output, now)

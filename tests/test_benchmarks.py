@@ -1,6 +1,5 @@
 """The benchmarks run, for about a second each, and write what they say they do; how fast is not tested here."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from streamsort.records import SPIKE_DTYPE, Flag
 from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -52,28 +50,6 @@ def test_throughput_measures_every_case(tmp_path: Path) -> None:
         assert row["signal_x"] > 0 and row["whole_x"] > 0
         assert 0 < row["whole_p50_ms"] <= row["whole_p99_ms"] <= row["whole_max_ms"]
         assert row["peaks_per_s"] > 0 and row["encoder_spikes_per_s"] > 0
-
-
-def test_latency_is_measured_from_trough_to_subscriber(tmp_path: Path) -> None:
-    case = ("--channels", "4", "--chunk-ms", "1", "--seconds", "2", "--warmup-s", "8", "--loop-s", "5", "--transport", "zmq")
-    (row,) = run("latency.py", tmp_path / "out.json", *case, "--catch-up-s", "20")
-    assert row["units"] > 0 and 0 < row["catch_up_s"] <= 20
-    assert row["samples_sent"] == row["samples_acquired"] >= 30000 * (10 + row["catch_up_s"])
-    assert row["calibration_pause_ms"] > row["p50"]
-    assert row["spikes_received"] == row["spikes_published"] >= row["n"] > 0
-    assert row["look_ahead_ms"] < row["p50"] <= row["p99"] <= row["max"]
-    if sys.platform == "linux":
-        assert 0 < row["rss_first_mb"] <= row["rss_max_mb"] and row["cpu_sorter"] > 0
-
-
-def test_latency_counts_from_the_first_spike_after_the_warm_up_that_is_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(FOLDER))
-    first_in_time = importlib.import_module("latency").first_in_time
-    spikes = np.zeros(5, SPIKE_DTYPE)
-    spikes["sample_index"] = [90, 100, 110, 120, 130]
-    spikes["flags"] = [0, Flag.LATE, Flag.LATE | Flag.NEAR_GAP, Flag.NEAR_GAP, 0]
-    assert first_in_time(spikes, 100.0, 999) == 120
-    assert first_in_time(spikes[:3], 100.0, 999) == 999
 
 
 def test_refresh_compares_a_stream_with_and_without_one(tmp_path: Path) -> None:

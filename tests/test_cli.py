@@ -23,7 +23,7 @@ from streamsort.records import SPIKE_DTYPE
 from streamsort.session import Session
 from streamsort.simulate import SimulationConfig, write_recording
 
-COMMANDS = ("demo", "run", "sort", "score", "replay", "listen", "simulate", "doctor", "train", "refresh")
+COMMANDS = ("demo", "run", "sort", "score", "replay", "listen", "simulate", "doctor", "train", "refresh", "bench")
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 60.0
 

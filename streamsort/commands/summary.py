@@ -40,6 +40,7 @@ def figures_of(status: Mapping[str, Any], sorter: Sorter, args: argparse.Namespa
         "samples_acquired": status["samples_acquired"],
         "samples_lost": lost_samples(status),
         "samples_unusable": {kind: n for kind, n in status["samples_lost"].items() if kind not in ("gap", "overrun")},
+        "samples_shed": status["samples_shed"],
         "source_trouble": status["source"],
         "outputs_dropped": status["outputs_dropped"],
         "sink_errors": status["sink_errors"],
@@ -71,6 +72,9 @@ def print_summary(status: Mapping[str, Any], sorter: Sorter, args: argparse.Name
     ]
     for kind, n in figures["samples_unusable"].items():
         rows.append((kind, f"{n} samples"))
+    if shed := figures["samples_shed"]:
+        parts = (f"{n / sorter.info.sampling_frequency:.1f} s {name.replace('_', ' ')}" for name, n in shed.items())
+        rows.append(("in haste", ", ".join(parts)))
     if trouble := {name: n for name, n in status["source"].items() if n}:
         rows.append(("source", ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in trouble.items())))
     if figures["latency_ms"]["n"]:

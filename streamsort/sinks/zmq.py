@@ -128,8 +128,8 @@ class ZmqSink:
         if self._socket.closed:
             return
         if len(output.spikes):
-            extra = {"model": output.model or self._model, "t_acquired": output.t_acquired}
-            self._send("spikes", output.spikes.tobytes(), len(output.spikes), **extra)
+            times = {name: getattr(output, name) for name in ("t_acquired", "t_detected", "t_assigned", "compute_s")}
+            self._send("spikes", output.spikes.tobytes(), len(output.spikes), model=output.model or self._model, **times)
         self._bins.learn_slots(output.ledger)
         self._bins.learn_slots(output.units or [])
         for start_sample, counts in self._bins.closed_bins(output.spikes, output.through_sample):

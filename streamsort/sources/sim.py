@@ -1,8 +1,9 @@
 """A simulated recording as a source: `sim:seconds=60,units=12,probe=grid32,drift_um=10,seed=1`.
 
-The keys are the fields of `SimulationConfig` (`units` and `probe` are short for `n_units` and `probe_name`); several numbers are
-written `snr=4:15` or `pauses=0.3:60:660`. Samples come as int16 with the headstages' usual gain, in chunks of the wished length, at
-once or paced. A thread makes the next second while this one is delivered: that takes many times as long as a chunk lasts.
+The keys are the fields of `SimulationConfig` (`units` and `probe` are short for `n_units` and `probe_name`, and `channels=128`
+names the probe that has so many); several numbers are written `snr=4:15` or `pauses=0.3:60:660`. Samples come as int16 with the
+headstages' usual gain, in chunks of the wished length, at once or paced. A thread makes the next second while this one is
+delivered: that takes many times as long as a chunk lasts.
 """
 
 import difflib
@@ -21,7 +22,15 @@ from streamsort.simulate import GAIN_UV, SimulationConfig, simulated_blocks
 from streamsort.sources import check_probe
 from streamsort.sources.pace import PacedSource
 
-_SHORT = {"units": "n_units", "probe": "probe_name"}
+_SHORT = {"units": "n_units", "probe": "probe_name", "channels": "probe_name"}
+_OF_CHANNELS = {
+    "1": "single",
+    "4": "tetrode",
+    "32": "grid32",
+    "64": "neuropixels64",
+    "128": "neuropixels128",
+    "384": "neuropixels384",
+}
 
 
 class Simulation(PacedSource):
@@ -105,8 +114,15 @@ def parse_options(options: str) -> SimulationConfig:
             raise StreamsortError(f"sim: unknown key {key!r}; {hint}")
         if not equals or name in values:
             raise StreamsortError(f"sim: {option!r}, expected {key}=value once")
-        values[name] = _convert(hints[name], text, key)
+        values[name] = _probe_of(text) if key == "channels" else _convert(hints[name], text, key)
     return SimulationConfig(**values)
+
+
+def _probe_of(n_channels: str) -> str:
+    """Name the probe with so many channels."""
+    if n_channels not in _OF_CHANNELS:
+        raise StreamsortError(f"sim: channels = {n_channels!r}, expected {', '.join(_OF_CHANNELS)}, or probe=NAME")
+    return _OF_CHANNELS[n_channels]
 
 
 def _convert(kind: Any, text: str, key: str) -> Any:
