@@ -26,6 +26,7 @@ _MIN_REFERENCE_CHANNELS = 3  # with fewer good ones a reference would mostly be 
 _LARGEST_UV = 1e9  # a float beyond a kilovolt is no measurement, and could overflow the filter for good
 _SETTLE_S = 0.05  # what follows a start or a gap this closely does not count for the noise level
 _FIRST_ROWS, _PERIOD_ROWS = 4096, 256  # samples per estimate: errors of 1.8 % and 7 %, the latter averaged over many periods
+_IDENTITY = [[1.0, 0.0, 0.0, 1.0, 0.0, 0.0]]
 _MOST_UNUSABLE = 0.5  # a channel with more of its samples unusable in a period is bad
 
 
@@ -75,14 +76,17 @@ class Preprocess:
         self._settle_samples = round(_SETTLE_S * rate)
         sections = butter(config.filter_order, [config.freq_min_hz, config.freq_max_hz], "bandpass", output="sos", fs=rate)
         self.delay_samples = _delay_samples(sections, rate)
+        sections = np.concatenate((sections, _IDENTITY))[: max(len(sections), 2)]  # the kernel takes the first two in one step
         self._sections = sections.astype(np.float32)
-        self._state = np.zeros((2 * len(sections), n_channels), np.float32)
-        self._channels = np.zeros((kernels.N_CHANNEL_ROWS, n_channels), np.float32)
+        self._state = aligned_zeros(2 * len(sections), n_channels)
+        self._channels = aligned_zeros(kernels.N_CHANNEL_ROWS, n_channels)
         self._channels[kernels.GAIN] = info.gain_uv
         self._channels[kernels.GOOD] = 1
         self._limits = _limits(info)
-        self._reference, self._spread = kernels.REFERENCE_NONE, np.ones(1, np.float32)
-        self._keys, self._hits, self._n_seen = np.zeros(n_channels, np.int32), np.zeros(n_channels, np.int64), 0
+        self._fault = kernels.SATURATED if info.dtype == np.int16 else kernels.NONFINITE
+        self._reference, self._spread = kernels.REFERENCE_NONE, 1.0
+        self._scratch = aligned_zeros(2, n_channels)
+        self._hits, self._n_seen = np.zeros(n_channels, np.int64), 0
         self._whitening: Whitening | None = None
         self._unreferenced = RowCollector(self._noise_samples // _FIRST_ROWS | 1)
         self._noise = NoiseLevel(self.period_samples // _PERIOD_ROWS | 1, 0.5 ** (config.noise_period_s / config.noise_halflife_s))
@@ -184,7 +188,7 @@ class Preprocess:
             self._whitening = Whitening(rows, good, self._probe)
             self._whitening(rows)
         level = mad(rows)
-        self._spread[0] = np.median(level[good])
+        self._spread = float(np.median(level[good]))
         self._set_good(good)
         self._noise.start(level, good)
 
@@ -199,15 +203,16 @@ class Preprocess:
         self._reference = _REFERENCES[self._reference_name(good)]
 
     def _filter(self, traces: NDArray[Any], start_sample: int) -> NDArray[np.float32]:
-        if not (traces.flags.c_contiguous and traces.flags.aligned):
+        flags = traces.flags
+        if not (flags.c_contiguous and flags.aligned):
             traces = traces.copy()
         raw = traces.view()
-        raw.flags.writeable = False  # a read-only and a writeable array would each compile a kernel of their own
+        raw.setflags(write=False)  # a read-only and a writeable array would each compile a kernel of their own
         out = np.empty(traces.shape, np.float32)
         self.unusable = np.empty(len(traces), np.uint8)
         n_unusable = kernels.preprocess_rows(
-            raw, self._limits, self._channels, self._sections, self._state,
-            self._reference, self._spread, self._keys, self._hits, out, self.unusable,
+            raw, self._limits, self._fault, self._channels, self._sections, self._state,
+            self._reference, self._spread, self._scratch, self._hits, out, self.unusable,
         )  # fmt: skip
         if self._whitening is not None:
             self._whitening(out)
@@ -229,12 +234,21 @@ def _runs(hit: NDArray[np.bool_], start_sample: int, kind: GapKind) -> list[Gap]
     return [Gap(start_sample + int(first), int(last - first), kind) for first, last in edges.reshape(-1, 2)]
 
 
-def _limits(info: StreamInfo) -> NDArray[np.float32]:
+def aligned_zeros(n_rows: int, n_channels: int) -> NDArray[np.float32]:
+    """Allocate rows that start where a cache line does: vectors across two lines make the filter 1.5 times as slow."""
+    n_bytes = 4 * n_rows * n_channels
+    buffer = np.zeros(n_bytes + 63, np.uint8)
+    first = -buffer.ctypes.data % 64
+    return buffer[first : first + n_bytes].view(np.float32).reshape(n_rows, n_channels)
+
+
+def _limits(info: StreamInfo) -> NDArray[Any]:
+    """Return the lowest and the highest usable value; int16 is saturated at either end of its range."""
     if info.dtype == np.int16:
-        return np.array([-32768, 32767, np.inf], np.float32)
+        return np.array([-32767, 32766], np.int16)
     real = np.finfo(np.float32)
-    largest = _LARGEST_UV / max(float(np.abs(info.gain_uv).max()), float(real.tiny))
-    return np.array([-np.inf, np.inf, min(largest, float(real.max))], np.float32)
+    largest = min(_LARGEST_UV / max(float(np.abs(info.gain_uv).max()), float(real.tiny)), float(real.max))
+    return np.array([-largest, largest], np.float32)
 
 
 def _delay_samples(sections: NDArray[np.float64], sampling_frequency: float) -> int:

@@ -52,6 +52,15 @@ def test_throughput_measures_every_case(tmp_path: Path) -> None:
         assert row["peaks_per_s"] > 0 and row["encoder_spikes_per_s"] > 0
 
 
+def test_kernels_are_measured_against_others_and_against_the_core(tmp_path: Path) -> None:
+    case = ("--channels", "4", "400", "--chunk-ms", "1", "7", "--seconds", "0.2", "--repeats", "1")
+    rows = run("kernels.py", tmp_path / "out.json", *case)
+    assert [(row["channels"], row["chunk_ms"]) for row in rows] == [(4, 1), (4, 7), (400, 1), (400, 7)]
+    for row in rows:
+        assert row["n_peaks"] > 0 and row["over_roof"] > 0 and row["filter_over_roof"] > 0
+        assert all(row[f"{name}_x"] > 0 for name in ("filter", "reference", "detect", "kernels", "stages", "sosfilt", "median"))
+
+
 def test_refresh_compares_a_stream_with_and_without_one(tmp_path: Path) -> None:
     case = ("--seconds", "3", "--warmup-s", "5", "--catch-up-s", "10", "--probe", "tetrode", "--units", "3")
     without, refreshed = run("refresh.py", tmp_path / "out.json", *case)

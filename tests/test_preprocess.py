@@ -223,6 +223,14 @@ def test_wrong_chunks_are_refused(traces: NDArray[Any], start: int, message: str
         maker(4)()(traces, start)
 
 
+def test_one_section_is_enough() -> None:
+    config = PreprocessConfig(filter_order=1, reference="none")
+    traces = noise(2000, 4)
+    sections = butter(1, [config.freq_min_hz, config.freq_max_hz], "bandpass", output="sos", fs=RATE)
+    expected = sosfilt(sections, (traces - traces[0]) * 0.5, axis=0)
+    np.testing.assert_allclose(maker(4, config=config)()(traces, 0), expected, atol=1e-3 * expected.std())
+
+
 def test_wrong_streams_are_refused() -> None:
     with pytest.raises(StreamsortError, match="dtype float64"):
         Preprocess(CONFIG, stream(4, np.float64), Probe.linear(4))

@@ -58,60 +58,73 @@ def find_peaks(
     n_peaks : int
     """
     sweep, n_before, n_after, origin, settled = spans[0], spans[1], spans[2], spans[3], spans[4]
-    n_peaks = 0
+    a, b, n_peaks = polarity[0], polarity[1], 0
     for s in range(first_row, last_row):
-        row = traces[s]
-        if _count_beyond(row, thresholds, polarity[0], polarity[1]) == _ZERO:
+        if _count_beyond(traces, s, thresholds, a, b) == _ZERO:
             continue
-        first, last = _candidate_span(traces[s - 1], row, traces[s + 1], thresholds, polarity[0], polarity[1])
+        first, last = _candidate_span(traces, s, thresholds, a, b)
         for c in range(first, last + 1):
-            value = max(polarity[0] * row[c], polarity[1] * row[c])
-            if value >= thresholds[c] and _wins(traces, s, c, value, adjacency, sweep, polarity):
+            value = max(a * traces[s, c], b * traces[s, c])
+            if value >= thresholds[c] and _wins(traces, s, c, value, adjacency, sweep, a, b):
                 near_gap = s + origin < settled
                 for r in range(s - n_before, s + n_after):
                     near_gap |= unusable[r] != 0
                 peaks[n_peaks].sample_index = s + origin
                 peaks[n_peaks].channel = c
                 peaks[n_peaks].flags = _NEAR_GAP if near_gap else 0
-                peaks[n_peaks].amplitude_uv = row[c]
+                peaks[n_peaks].amplitude_uv = traces[s, c]
                 n_peaks += 1
     return n_peaks
 
 
 @reduction
-def _count_beyond(row: Floats, thresholds: Floats, a: np.float32, b: np.float32) -> np.float32:
+def _count_beyond(traces: Floats, s: int, thresholds: Floats, a: np.float32, b: np.float32) -> np.float32:
     n = _ZERO
-    for c in range(row.size):
-        n += _ONE if max(a * row[c], b * row[c]) >= thresholds[c] else _ZERO
+    for c in range(thresholds.size):
+        n += _ONE if max(a * traces[s, c], b * traces[s, c]) >= thresholds[c] else _ZERO
     return n
 
 
 @kernel
-def _candidate_span(
-    before: Floats, row: Floats, after: Floats, thresholds: Floats, a: np.float32, b: np.float32
-) -> tuple[np.int32, np.int32]:
+def _candidate_span(traces: Floats, s: int, thresholds: Floats, a: np.float32, b: np.float32) -> tuple[np.int32, np.int32]:
     """Return the first and the last channel that is beyond its threshold at a turn in time; both conditions are necessary."""
-    first, last = np.int32(row.size), np.int32(-1)
-    for c in range(np.int32(row.size)):
-        value, earlier, later = max(a * row[c], b * row[c]), max(a * before[c], b * before[c]), max(a * after[c], b * after[c])
+    n_channels = np.int32(thresholds.size)
+    first, last = n_channels, np.int32(-1)
+    for c in range(n_channels):
+        value = max(a * traces[s, c], b * traces[s, c])
+        earlier, later = max(a * traces[s - 1, c], b * traces[s - 1, c]), max(a * traces[s + 1, c], b * traces[s + 1, c])
         candidate = (value >= thresholds[c]) & (value > earlier) & (value >= later)
-        first = min(first, np.int32(c) if candidate else np.int32(row.size))
+        first = min(first, np.int32(c) if candidate else n_channels)
         last = max(last, np.int32(c) if candidate else np.int32(-1))
     return first, last
 
 
 @kernel
-def _wins(traces: Floats, s: int, c: int, value: np.float32, adjacency: Ints, sweep: int, polarity: Floats) -> bool:
-    a, b = polarity[0], polarity[1]
+def _wins(traces: Floats, s: int, c: int, value: np.float32, adjacency: Ints, sweep: int, a: np.float32, b: np.float32) -> bool:
+    """Look for a rival from the peak's row outwards, as most are close; earlier ones win ties, later ones lose them."""
+    if _is_beaten(traces, s, c, value, adjacency, c, a, b):
+        return False
+    for d in range(1, sweep + 1):
+        if _is_beaten(traces, s - d, c, value, adjacency, traces.shape[1], a, b):
+            return False
+        if _is_beaten(traces, s + d, c, value, adjacency, 0, a, b):
+            return False
+    return True
+
+
+@kernel
+def _is_beaten(
+    traces: Floats, r: int, c: int, value: np.float32, adjacency: Ints, n_tied: int, a: np.float32, b: np.float32
+) -> bool:
+    """Say whether a channel near c has a larger value in row r, or the same one and an index below `n_tied`."""
     for k in range(adjacency.shape[1]):
         other = adjacency[c, k]
         if other < 0:
             break
-        for r in range(s - sweep, s + sweep + 1):
-            rival = max(a * traces[r, other], b * traces[r, other])
-            if rival > value or (rival == value and (r < s or (r == s and other < c))):
-                return False
-    return True
+        rival = max(a * traces[r, other], b * traces[r, other])
+        if rival > value or (rival == value and other < n_tied):
+            return True
+    return False
 
 
 @kernel
