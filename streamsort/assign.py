@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from streamsort.config import SorterConfig
 from streamsort.kernels.nearest import nearest
-from streamsort.match import MATCH_DTYPE, Match
+from streamsort.match import MATCH_DTYPE, Match, Settled
 from streamsort.noise import divisor
 from streamsort.probe import Probe
 from streamsort.records import SPIKE_DTYPE, UNSORTED, Flag, PeakBatch, join_records
@@ -73,7 +73,7 @@ class Notes(NamedTuple):
     spikes, matches : list of ndarray
         As published, and as matched: row by row the same.
     explained : list of Explained
-    settled : list of (matches, snippets)
+    settled : list of Settled
         Spikes whose surroundings were decided, with their clean snippets.
     n_skipped : int
         Samples that never came.
@@ -83,7 +83,7 @@ class Notes(NamedTuple):
     spikes: list[NDArray[Any]]
     matches: list[NDArray[Any]]
     explained: list[Explained]
-    settled: list[tuple[NDArray[Any], Floats]]
+    settled: list[Settled]
     n_skipped: int
 
 

@@ -1,11 +1,11 @@
 """The units' mean snippets, and how they follow their units.
 
-In come matched spikes with their clean snippets, and how far the tissue has moved; kept are each unit's mean snippet on all
-channels and its firing rate, and from them the templates in force. Means move with the tissue, which needs no spikes, and what
-remains is learned from spikes, by each unit at its own speed: when the errors of successive spikes are alike, the mean lags behind
-and learns faster; when they are unlike, it follows noise and learns more slowly. So a unit that changes is kept up with, and one
-that does not is averaged over hundreds of spikes. Templates change at the caller's learning boundaries only, a few at each, those
-with most news first.
+In come matched spikes with their clean snippets, and how far the tissue has moved; kept are each unit's firing rate and its mean
+snippet, on the channels around it, and from them the templates in force. Means move with the tissue, which needs no spikes, and
+what remains is learned from spikes, by each unit at its own speed: when the errors of successive spikes are alike, the mean lags
+behind and learns faster; when they are unlike, it follows noise and learns more slowly. So a unit that changes is kept up with,
+and one that does not is averaged over hundreds of spikes. Templates change at the caller's learning boundaries only, a few at
+each, those with most news first.
 """
 
 import numpy as np
@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from streamsort.footprints import move_templates
+from streamsort.kernels.learn import find_alone, teach
 from streamsort.templates import TemplateMaker, Templates, likeness, overlap
 
 Floats = NDArray[np.float32]
+Ints = NDArray[np.int32]
 
 _TIMELY = 0.5  # of a unit's energy: a spike that explains less teaches nothing; it may be a neighbour's
 _SLOWEST, _FIRST, _FASTEST = 1 / 400, 1 / 30, 1 / 4  # of an error is learned from one spike
@@ -43,7 +45,7 @@ class Bank:
     Parameters
     ----------
     maker : TemplateMaker
-    means : ndarray, shape (n_units, n_samples, n_channels), float32
+    means : ndarray, shape (n_units, n_whole, n_channels), float32
         Mean snippets in noise units.
     n_spikes : ndarray, shape (n_units,), int64
         How many spikes each is the mean of.
@@ -52,8 +54,9 @@ class Bank:
 
     Attributes
     ----------
-    means, n_spikes, rates_hz : ndarray
-        As above; changed in place.
+    means : ndarray, shape (n_units, n_known, n_whole), float32
+        As above, on the channels `templates.around`; changed in place, like
+    n_spikes, rates_hz : ndarray
     templates : Templates
         In force; a row keeps its unit.
     remade : list of int
@@ -69,12 +72,16 @@ class Bank:
         sampling_frequency: float,
     ) -> None:
         self._maker, self._rate, self._tightness, self._n_before = maker, sampling_frequency, maker.tightness, maker.n_before
-        self.means, self.n_spikes, self.rates_hz = means.copy(), n_spikes.copy(), rates_hz.astype(np.float64)
-        self.templates: Templates = maker(self.means, self.n_spikes)
+        around = np.array([maker.around(mean) for mean in means], np.int32).reshape(len(means), maker.n_known)
+        self.means: Floats = np.take_along_axis(means.transpose(0, 2, 1), around[:, :, None], axis=1).copy()
+        self.n_spikes, self.rates_hz = n_spikes.copy(), rates_hz.astype(np.float64)
+        self.templates: Templates = maker(self.means.transpose(0, 2, 1), self.n_spikes, around)
         self.remade: list[int] = []
         self._news, self._owed_um = np.zeros(len(means)), np.zeros(len(means))
-        self._taught, self._moved_um = self.means.copy(), np.zeros(len(means))  # as last taught, and by how much moved since
-        self._speed, self._error = np.full(len(means), _FIRST), np.zeros_like(self.means)
+        self._taught, self._moved_um = self.means.copy(), np.zeros(len(means))  # of those moved: as last taught, and how far since
+        t = self.templates
+        self._speed = np.full(len(means), _FIRST)
+        self._error: Floats = np.zeros((len(means), min(_LARGE, t.channels.shape[1]), t.filters.shape[1]), np.float32)
         self._expected, self._doubt_s = self.templates, 0.0  # what the last jump made of the units, and how long that still counts
 
     def __len__(self) -> int:
@@ -92,13 +99,22 @@ class Bank:
 
     def add(self, mean: Floats, n_spikes: int, rate_hz: float) -> None:
         """Append a unit: its mean snippet (n_samples, n_channels), of how many spikes, and how often it fires."""
+        around = self._maker.around(mean)
+        mean = mean.T[around]
         self.means = np.concatenate([self.means, mean[None]])
         self.n_spikes, self.rates_hz = np.append(self.n_spikes, n_spikes), np.append(self.rates_hz, rate_hz)
         self._news, self._owed_um = np.append(self._news, 0.0), np.append(self._owed_um, 0.0)
         self._taught, self._moved_um = np.concatenate([self._taught, mean[None]]), np.append(self._moved_um, 0.0)
         self._speed = np.append(self._speed, _FIRST)
-        self._error = np.concatenate([self._error, np.zeros_like(mean[None])])
-        self.templates = self._maker.related(self.templates.joined(self._maker(mean[None], self.n_spikes[-1:])))
+        self._error = np.pad(self._error, ((0, 1), (0, 0), (0, 0)))
+        new = self._maker(mean.T[None], self.n_spikes[-1:], around[None])
+        self.templates = self._maker.related(self.templates.joined(new), [len(self) - 1])
+
+    def mean(self, row: int) -> Floats:
+        """Return a unit's mean snippet on all channels, (n_whole, n_channels): silent where it is not known."""
+        mean = np.zeros((self.means.shape[2], self.templates.place.shape[1]), np.float32)
+        mean[:, self.templates.around[row]] = self.means[row].T
+        return mean
 
     def likeness_to(self, mean: Floats) -> tuple[NDArray[np.float64], float]:
         """Compare a mean snippet with the units: cosine with each template, at the lag where it is largest, and its energy.
@@ -113,13 +129,15 @@ class Bank:
         cosine : ndarray, shape (n_units,), float64
         energy : float
         """
-        own, new = self._maker(mean[None], np.ones(1, np.int64)), len(self)
-        both = self.templates.joined(own)
+        around = self._maker.around(mean)
+        own = self._maker(mean[None, :, around], np.ones(1, np.int64), around[None])
         channels = own.channels[0][own.channels[0] >= 0]
-        cosine = np.zeros(new)
-        for row in np.flatnonzero((self.templates.place[:, channels] >= 0).any(axis=1)).tolist():
-            product = max(overlap(both, row, new)[0], overlap(both, new, row)[0])
-            cosine[row] = product / np.sqrt(max(float(both.energy[row] * both.energy[new]), 1e-9))
+        cosine = np.zeros(len(self))
+        rows = np.flatnonzero((self.templates.place[:, channels] >= 0).any(axis=1))
+        both, new = self.templates.taken(rows).joined(own), len(rows)
+        for k, row in enumerate(rows.tolist()):
+            product = max(overlap(both, k, new)[0], overlap(both, new, k)[0])
+            cosine[row] = product / np.sqrt(max(float(both.energy[k] * both.energy[new]), 1e-9))
         return cosine, float(own.energy[0])
 
     def keep(self, rows: list[int]) -> None:
@@ -127,15 +145,16 @@ class Bank:
         for name in ("means", "n_spikes", "rates_hz", "_news", "_owed_um", "_taught", "_moved_um", "_speed", "_error"):
             setattr(self, name, getattr(self, name)[rows])
         self._doubt_s = 0.0
-        self.templates = self._maker(self.means, self.n_spikes)
+        self.templates = self._maker(self.means.transpose(0, 2, 1), self.n_spikes, self.templates.around[rows])
 
     def reset(self, row: int, mean: Floats, n_spikes: int) -> None:
-        """Give a unit another mean snippet, of how many spikes."""
-        self.means[row], self.n_spikes[row] = mean, n_spikes
+        """Give a unit another mean snippet (n_whole, n_channels), of how many spikes."""
+        around = self._maker.around(mean)
+        self.means[row], self.n_spikes[row] = mean.T[around], n_spikes
         self._owed_um[row], self._speed[row], self._error[row] = 0.0, _FIRST, 0.0
-        self._note_taught(row)
-        self._maker.put(self.templates, row, mean, n_spikes)
-        self.templates = self._maker.related(self.templates)
+        self._moved_um[row] = 0
+        self._maker.put(self.templates, row, self.means[row].T, n_spikes, around)
+        self.templates = self._maker.related(self.templates, [row])
 
     def move(self, displacement_um: NDArray[np.float64], near: NDArray[np.int32], channel_locations: NDArray[np.float64]) -> None:
         """Move units along y with the tissue; templates follow at the next `learn` or `remake`.
@@ -151,15 +170,20 @@ class Bank:
         """
         self._owed_um += displacement_um
         rows = np.flatnonzero(np.abs(self._owed_um) >= _LEAST_MOVE_UM)
+        first = rows[self._moved_um[rows] == 0]
+        self._taught[first] = self.means[first]
         self._moved_um[rows] += self._owed_um[rows]
         channels, by_um = near[self.templates.channels[rows, 0]], self._moved_um[rows]
-        means = self._taught[rows[:, None], :, channels].transpose(0, 2, 1)
+        columns = [np.searchsorted(self.templates.around[row], nearby) for row, nearby in zip(rows.tolist(), channels, strict=True)]
+        means = np.zeros((len(rows), self.means.shape[2], channels.shape[1]), np.float32)
+        for k, row in enumerate(rows.tolist()):
+            means[k] = self._taught[row][columns[k]].T
         # The change alone, and all of it since the unit was last taught: interpolating again and again would blur a mean, and that
         # of a silent unit would fade as the estimate of the displacement trembles.
         moved, still = (move_templates(means, channels, channel_locations, by) for by in (by_um, np.zeros_like(by_um)))
-        for row, around, change in zip(rows.tolist(), channels, moved - still, strict=True):
+        for k, row in enumerate(rows.tolist()):
             self.means[row] = self._taught[row]
-            self.means[row][:, around[around >= 0]] += change[:, around >= 0]
+            self.means[row][columns[k][channels[k] >= 0]] += (moved[k] - still[k]).T[channels[k] >= 0]
         self._news[rows] += _NEWS_PER_UM * np.abs(self._owed_um[rows])
         self._owed_um[rows] = 0
 
@@ -171,14 +195,16 @@ class Bank:
         self.remake(len(self))
         self._expected, self._doubt_s = self.templates.copied(), _DOUBT_S
 
-    def learn(self, matches: NDArray[np.void], snippets: Floats, seconds: float, n_most: int = MOST_REMADE) -> bool:
+    def learn(self, matches: NDArray[np.void], snippets: Floats, channels: Ints, seconds: float, n_most: int = MOST_REMADE) -> bool:
         """Take a period's spikes in; tell whether templates changed.
 
         Parameters
         ----------
         matches : ndarray, shape (n_spikes,), MATCH_DTYPE
-        snippets : ndarray, shape (n_spikes, n_samples, n_channels), float32
+        snippets : ndarray, shape (n_spikes, n_known, n_whole), float32
             In noise units, other spikes taken off.
+        channels : ndarray, shape (n_spikes, n_known), int32
+            Where each was cut: where its unit was known. A spike found before that changed teaches nothing.
         seconds : float
             Length of the period.
         n_most : int
@@ -186,20 +212,21 @@ class Bank:
         """
         counts = np.bincount(matches["row"], minlength=len(self))
         self.rates_hz += (1 - np.exp(-seconds / _RATE_S)) * (counts / seconds - self.rates_hz)
-        expected = self._expected_amplitude()
-        teaching = self._alone(matches) & self._own(matches)
-        for match, snippet in zip(matches[teaching], snippets[teaching], strict=True):
-            row = int(match["row"])
-            error = self._levelled(snippet, row, float(match["amplitude"]), expected[row]) - self.means[row]
-            self.n_spikes[row] += 1
-            faster = np.exp(_EAGERNESS * self._agreement(row, error))
-            self._speed[row] = np.clip(faster * self._speed[row], _SLOWEST, _FASTEST)
-            rate = max(self._speed[row], 1 / self.n_spikes[row])
-            self.means[row] += np.float32(rate) * error
-            self._note_taught(row)
-            self._news[row] += rate
+        if len(matches):
+            self._teach(matches, snippets, channels)
         self._doubt_s -= seconds
         return self.remake(n_most + self._exchange())
+
+    def _teach(self, matches: NDArray[np.void], snippets: Floats, channels: Ints) -> None:
+        """Let the spikes that are clearly of their units teach them."""
+        known = (channels == self.templates.around[matches["row"]]).all(axis=1)
+        chosen = np.flatnonzero(self._alone(matches) & self._own(matches) & known)
+        row = matches["row"][chosen].astype(np.int64)
+        teach(
+            snippets, chosen, row, self._too_large(row, matches["amplitude"][chosen]), self.templates,
+            (_SLOWEST, _FASTEST, _EAGERNESS), self.n_spikes, self._speed, self._news, self.means, self._error,
+        )  # fmt: skip
+        self._moved_um[row] = 0
 
     def _exchange(self) -> int:
         """Give two units that took each other's places after a jump their own again; return how many templates are to be remade.
@@ -210,15 +237,15 @@ class Bank:
         if self._doubt_s <= 0:
             return 0
         n = self._expected.n_units
-        cosine = likeness(self._expected.joined(self.templates))[:n, n : 2 * n]
+        cosine = likeness(self._expected, self.templates)[:, :n]
         expected, now = (energy.astype(np.float64) for energy in (self._expected.energy[:, None], self.templates.energy[:n]))
         apart = (1 + _BLUR) * (expected + now) - 2 * cosine * np.sqrt(expected * now)
         ratio = np.multiply.outer(apart.diagonal(), apart.diagonal()) / (apart * apart.T)
         pair = list(np.unravel_index(ratio.argmax(), ratio.shape))
         if ratio.max() < _EXCHANGED:
             return 0
-        for name in ("means", "n_spikes", "_owed_um", "_taught", "_moved_um", "_speed", "_error"):
-            column = getattr(self, name)
+        names = ("means", "n_spikes", "_owed_um", "_taught", "_moved_um", "_speed", "_error")
+        for column in (self.templates.around, self.templates.channels, *(getattr(self, name) for name in names)):
             column[pair] = column[pair[::-1]]
         self._news[pair] = np.inf
         return len(pair)
@@ -233,27 +260,11 @@ class Bank:
 
     def _alone(self, matches: NDArray[np.void]) -> NDArray[np.bool_]:
         """Tell which spikes overlap no larger one on shared channels: a little of that is always left, and often the same."""
-        t, n_samples = self.templates, self.templates.filters.shape[1]
         order = np.argsort(matches["sample_index"], kind="stable")
-        rows, at = matches["row"][order], matches["sample_index"][order]
-        energy = t.energy[rows]
-        alone = np.ones(len(at), bool)
-        first = np.searchsorted(at, at - n_samples)
-        for k in range(1, len(at)):
-            before = slice(int(first[k]), k)
-            shared = (t.rivals[rows[k]] == rows[before][:, None]).any(axis=1)
-            alone[before] &= ~(shared & (energy[k] >= energy[before]))
-            alone[k] &= not (shared & (energy[before] >= energy[k])).any()
-        alone[order] = alone.copy()
+        alone, sorted_alone = np.empty((2, len(order)), np.bool_)
+        find_alone(matches["sample_index"][order], matches["row"][order], self.templates, sorted_alone)
+        alone[order] = sorted_alone
         return alone
-
-    def _agreement(self, row: int, error: Floats) -> float:
-        """Return the cosine between this error of a mean and that of the spike before, where the unit is large."""
-        t = self.templates
-        channels = t.channels[row][:_LARGE]
-        now, last = (one[: t.filters.shape[1], channels[channels >= 0]] for one in (error, self._error[row]))
-        self._error[row] = error
-        return float((now * last).sum() / np.sqrt((now * now).sum() * (last * last).sum() + 1e-12))
 
     def _expected_amplitude(self) -> NDArray[np.float64]:
         """Return the mean score over energy of the spikes that pass the threshold: over 1 for a unit hardly above it."""
@@ -262,35 +273,48 @@ class Bank:
         hazard = np.exp(-(least**2) / 2) / np.sqrt(2 * np.pi) / np.maximum(ndtr(-least), 1e-6)
         return np.asarray(1 + hazard / np.sqrt(energy))
 
-    def _levelled(self, snippet: Floats, row: int, amplitude: float, expected: float) -> Floats:
-        """Return a snippet without the part of its size that it owes to having passed the threshold.
+    def _too_large(self, row: NDArray[np.int64], amplitude: Floats) -> Floats:
+        """Return how much of its template each spike owes to having passed the threshold.
 
-        Without this a weak unit is taught by its largest spikes, grows, passes fewer, and is lost.
+        Taught with that, a weak unit would learn from its largest spikes, grow, pass fewer, and be lost.
         """
-        t = self.templates
-        channels = t.channels[row]
-        n = int((channels >= 0).sum())
-        energy = float(t.energy[row])
+        energy = self.templates.energy[row].astype(np.float64)
         score = amplitude * (energy + self._tightness) - self._tightness
-        levelled = snippet.copy()
-        levelled[:, channels[:n]] -= np.float32(score / energy * (1 - 1 / expected)) * t.centred[row][:, :n]
-        return levelled
-
-    def _note_taught(self, row: int) -> None:
-        self._taught[row], self._moved_um[row] = self.means[row], 0.0
+        too_large: Floats = (score / energy * (1 - 1 / self._expected_amplitude()[row])).astype(np.float32)
+        return too_large
 
     def remake(self, n_most: int) -> bool:
         """Bring the templates with most news up to date; tell whether there were any."""
         rows = np.argsort(-self._news, kind="stable")[:n_most]
         rows = rows[self._news[rows] > 0.05]
         for row in rows.tolist():
-            self._maker.put(self.templates, row, self.means[row], int(self.n_spikes[row]))
+            self._know(row)
+            self._put(row)
             self._anchor(row)
         self._news[rows] = 0
         self.remade = rows.tolist()
         if len(rows):
-            self.templates = self._maker.related(self.templates)
+            self.templates = self._maker.related(self.templates, self.remade)
         return bool(len(rows))
+
+    def _know(self, row: int) -> None:
+        """Let the channels on which a unit is known follow it; those that are new are silent at first."""
+        before = self.templates.around[row].copy()
+        after = self._maker.around(self.means[row].T, before)
+        if (after == before).all():
+            return
+        place, stays = np.searchsorted(before, after), np.isin(after, before)
+        for array in (self.means, self._taught):
+            array[row] = np.where(stays[:, None], array[row].take(place, axis=0, mode="clip"), 0)
+        self.templates.around[row] = after
+
+    def _put(self, row: int) -> None:
+        """Write a template anew; the unit's last error stays on the channels it was found on."""
+        channels = self.templates.channels[row, : self._error.shape[1]]
+        before = channels.copy()
+        self._maker.put(self.templates, row, self.means[row].T, int(self.n_spikes[row]), self.templates.around[row])
+        same = (channels[:, None] == before) & (channels[:, None] >= 0)
+        self._error[row] = same.astype(np.float32) @ self._error[row]
 
     def _anchor(self, row: int) -> None:
         """Hold a template's trough where it belongs: spikes are aligned to it, so nothing else does, and it would creep."""
@@ -299,6 +323,6 @@ class Bank:
         extreme = waveform.argmax() if waveform.max() > -_POSITIVE * waveform.min() else waveform.argmin()
         offset = int(extreme) - self._n_before
         if abs(offset) > _MOST_OFFSET:
-            self.means[row] = np.roll(self.means[row], -int(np.sign(offset)), axis=0)
-            self._note_taught(row)
-            self._maker.put(t, row, self.means[row], int(self.n_spikes[row]))
+            self.means[row] = np.roll(self.means[row], -int(np.sign(offset)), axis=1)
+            self._moved_um[row] = 0
+            self._put(row)

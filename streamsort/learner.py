@@ -20,8 +20,9 @@ from streamsort.bank import MOST_REMADE, Bank
 from streamsort.calibrate import Calibration, calibrate, template_mismatch
 from streamsort.cluster import Assignment, Newcomer, Prototypes, Space
 from streamsort.config import SorterConfig
+from streamsort.covariance import NoiseModel
 from streamsort.encode import Encoder
-from streamsort.match import Match, join_settled, sizes
+from streamsort.match import MATCH_DTYPE, Match, join_settled, sizes
 from streamsort.motion import Motion
 from streamsort.noise import divisor
 from streamsort.probe import Probe
@@ -29,7 +30,7 @@ from streamsort.records import PEAK_DTYPE, UNSORTED, PeakBatch, join_records
 from streamsort.refine import find_units, framed, near
 from streamsort.reservoir import Member, Memory, Period, Reservoir
 from streamsort.snippets import Snippets
-from streamsort.templates import Templates
+from streamsort.templates import TemplateMaker, Templates, likeness
 from streamsort.units import Registry
 from streamsort.warmup import Warmup
 
@@ -90,7 +91,8 @@ class Learner:
         self._fired: deque[tuple[NDArray[np.int64], NDArray[np.int32]]] = deque(maxlen=max(n_periods, 1))
         self._seen_um: dict[int, float] = {}
         self._stepped = False
-        self._copied: tuple[Templates, Templates] | None = None
+        self._copied: Templates | None = None  # of these templates the last of the copies is
+        self._copies: deque[Templates] = deque(maxlen=2)
 
     def warmup(self, n_dims: int) -> None:
         """Call each kernel once, on scratch data."""
@@ -105,7 +107,19 @@ class Learner:
         prototypes = Prototypes(clusters, list(range(n)), self._snippets.neighbors, 4.0, self._config.cluster)
         prototypes.learn(prototypes.predict(embeddings, peaks["channel"]), peaks, snippets)
         template_mismatch(snippets[0], snippets[1], self._snippets.neighbors[0], self._snippets.neighbors[0], 0.0)
-        Match(self._config.match, self._probe.n_channels, self._rate).warmup(self._config.match)
+        motion = Motion(self._probe, self._snippets, self._rate)
+        for _ in range(2):
+            motion.update(snippets - 10, peaks["channel"])
+        match = Match(self._config.match, self._probe.n_channels, self._rate)
+        match.warmup(self._config.match)
+        quiet = NoiseModel(np.eye(self._probe.n_channels), np.eye(match.n_before + match.n_after))
+        maker = TemplateMaker(self._config.match, self._probe, quiet, match.n_before)
+        mean = np.zeros((1, match.n_whole, self._probe.n_channels), np.float32)
+        mean[0, match.n_before, 0] = 10
+        bank = Bank(maker, mean, np.ones(1, np.int64), np.ones(1), self._rate)
+        bank.learn(np.zeros(1, MATCH_DTYPE), bank.means, bank.templates.around, 1.0)
+        likeness(bank.templates, bank.templates)
+        bank.likeness_to(mean[0])
 
     def gather(self, encoder: Encoder, batches: Sequence[PeakBatch]) -> Lesson:
         """Keep the traces and peaks of a period for calibration, and take the displacement from them."""
@@ -182,13 +196,17 @@ class Learner:
         return self._known()
 
     def _known(self) -> Known:
-        """Return what assignment needs of the units; the templates are copied, since they change row by row."""
+        """Return what assignment needs of the units; the templates are copied, since they change row by row.
+
+        There are two copies: while a lesson is learned assignment goes by the one, and nobody any more by the other.
+        """
         bank = self.bank
         assert bank is not None
-        if self._copied is None or self._copied[0] is not bank.templates:
-            self._copied = bank.templates, bank.templates.copied()
+        if self._copied is not bank.templates:
+            self._copied = bank.templates
+            self._copies.append(bank.templates.copied(self._copies[0] if len(self._copies) > 1 else None))
         unit_id = np.array(self.unit_ids, np.int64)
-        return Known(self._copied[1], bank.threshold, unit_id, self.registry.flags(unit_id))
+        return Known(self._copies[-1], bank.threshold, unit_id, self.registry.flags(unit_id))
 
     def _embedded(self, encoder: Encoder, parts: Sequence[PeakBatch | Explained]) -> tuple[NDArray[Any], Floats, Floats]:
         """Return a period's peaks, their snippets in noise units and their embeddings."""
@@ -200,12 +218,12 @@ class Learner:
 
     def _follow(self, bank: Bank, notes: Notes, boundary: int) -> None:
         """Let templates follow the tissue and their spikes."""
-        matches, snippets = join_settled(notes.settled, self._n_whole, self._probe.n_channels)
+        matches, snippets, channels = join_settled(notes.settled)
         self._fired.append((matches["sample_index"], matches["row"]))
         self._move(bank, boundary)
         # After a step the spikes, and those of the next period too, were found by templates that are no more.
         if not (self.motion.stepped or self._stepped):
-            bank.learn(matches, snippets, self._config.cluster.period_s, n_most=1)
+            bank.learn(matches, snippets, channels, self._config.cluster.period_s, n_most=1)
         self._stepped = self.motion.stepped
         self._place_remade(bank)
 
@@ -254,10 +272,10 @@ class Learner:
         farthest = float(motion.change_um[np.abs(motion.change_um).argmax()])
         self.registry.record("drift_step", boundary, None, f"tissue moved by {farthest:.0f} um")
 
-    def _owner(self, bank: Bank, newcomer: Newcomer, likeness: NDArray[np.float64]) -> tuple[int, bool]:
+    def _owner(self, bank: Bank, newcomer: Newcomer, cosines: NDArray[np.float64]) -> tuple[int, bool]:
         """Return the unit that newcomers are, -1 for none, and whether it lost them: they fire in its place."""
         best, owner, lost = _LIKENESS, UNSORTED, False
-        for row, cosine in enumerate(likeness.tolist()):
+        for row, cosine in enumerate(cosines.tolist()):
             unit = self.registry.units.get(self.unit_ids[row])
             if unit is None:
                 continue
@@ -317,8 +335,8 @@ class Learner:
         channels = self._snippets.neighbors[newcomer.channel]
         template = framed(newcomer.template[None], self._n_before - self._snippets.n_before, self._n_whole)[0]
         mean[:, channels[channels >= 0]] = template[:, channels >= 0]
-        likeness, energy = bank.likeness_to(mean)
-        unit_id, lost = self._owner(bank, newcomer, likeness)
+        cosines, energy = bank.likeness_to(mean)
+        unit_id, lost = self._owner(bank, newcomer, cosines)
         if lost:
             bank.reset(self.unit_ids.index(unit_id), mean, newcomer.n_spikes)
         elif unit_id == UNSORTED and not (prototypes.is_noise(newcomer) or self._is_leftover(bank, newcomer, energy)):

@@ -24,7 +24,7 @@ from streamsort.records import join_records
 from streamsort.templates import TemplateMaker, Templates
 
 Floats = NDArray[np.float32]
-Settled = tuple[NDArray[np.void], Floats]
+Settled = tuple[NDArray[np.void], Floats, NDArray[np.int32]]
 
 MATCH_DTYPE = np.dtype(
     [
@@ -234,10 +234,12 @@ class Match:
         Returns
         -------
         matches : ndarray, shape (n_spikes,), MATCH_DTYPE
-        snippets : ndarray, shape (n_spikes, n_whole, n_channels), float32
+        snippets : ndarray, shape (n_spikes, n_known, n_whole), float32
             The residual plus the spike itself, as if it had come at a whole sample and alone.
+        channels : ndarray, shape (n_spikes, n_known), int32
+            Where each was cut: those on which its unit is known.
         """
-        return join_settled(self.take_settled(), self.n_whole, len(self._window.residual))
+        return join_settled(self.take_settled())
 
     def take_settled(self) -> list[Settled]:
         """Return the same in parts, in no time."""
@@ -250,12 +252,14 @@ class Match:
         if not done.any():
             return
         matches, self._unsettled = self._unsettled[done], self._unsettled[~done]
-        snippets = np.empty((len(matches), self.n_whole, len(self._window.residual)), np.float32)
         first = matches["sample_index"] - self._origin - self.n_before
         # Contiguous: a field's view of several records is another type to numba than that of one, and would be compiled for live.
         row, amplitude = (np.ascontiguousarray(matches[name]) for name in ("row", "amplitude"))
+        assert self.templates is not None
+        channels = self.templates.around[row]
+        snippets = np.empty((*channels.shape, self.n_whole), np.float32)
         clean_snippets(self._window.residual, self.templates, first, row, amplitude, snippets)
-        self._settled.append((matches, snippets))
+        self._settled.append((matches, snippets, channels))
 
     def _make_room(self, n_samples: int) -> None:
         """Move the window if so many samples more would not fit."""
@@ -278,10 +282,12 @@ class Match:
         return self._window.residual[:, start_sample - self._origin : stop_sample - self._origin]
 
 
-def join_settled(parts: list[Settled], n_whole: int, n_channels: int) -> Settled:
+def join_settled(parts: list[Settled]) -> Settled:
     """Put parts of what `Match.settled` gives together."""
-    matches = join_records([np.zeros(0, MATCH_DTYPE), *(part for part, _ in parts)])
-    return matches, np.concatenate([np.zeros((0, n_whole, n_channels), np.float32), *(part for _, part in parts)])
+    if not parts:
+        return np.zeros(0, MATCH_DTYPE), np.zeros((0, 0, 0), np.float32), np.zeros((0, 0), np.int32)
+    matches, snippets, channels = zip(*parts, strict=True)
+    return join_records(matches), np.concatenate(snippets), np.concatenate(channels)
 
 
 def sizes(config: MatchConfig, sampling_frequency: float) -> tuple[int, int, Spans]:

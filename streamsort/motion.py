@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from streamsort.kernels.learn import compare_spikes
 from streamsort.probe import Probe
 from streamsort.snippets import Snippets
 
@@ -169,19 +170,14 @@ class Motion:
 
     def _evidence(self, place: NDArray[np.float64], shape: Floats) -> NDArray[np.float64]:
         """Return the log-likelihood of each candidate by each spike, (n_spikes, n_candidates)."""
-        centre = np.interp(place[:, 1], self.depth_um, self._centre)
-        apart = (place[:, 1] - centre)[:, None] - self._kept_place[:, 1]
-        new, kept = np.nonzero(np.abs(apart) <= _REACH_UM)
-        energy, kept_energy = np.square(shape).sum(axis=1), np.square(self._kept_shape).sum(axis=1)
-        distance = (energy[:, None] + kept_energy - 2 * shape @ self._kept_shape.T)[new, kept]
+        home_um = place[:, 1] - np.interp(place[:, 1], self.depth_um, self._centre)
         usual = 1.2 * shape.shape[1]  # less than 2 per row, the noise is correlated in time
-        spread = usual + 0.5 * (_VARIABLE * shape.min(axis=1)[new]) ** 2
-        across = place[new, 0] - self._kept_place[kept, 0]
-        alike = np.exp(-0.5 * np.maximum(distance - usual, 0) / spread - 0.5 * (across / _ACROSS_UM) ** 2)
-        n = len(self._candidates)
-        column = np.round(apart[new, kept]).astype(np.intp) + _REACH_UM
-        pairs = np.bincount(new * n + column, alike, minlength=len(place) * n).reshape(len(place), n)
-        evidence: NDArray[np.float64] = np.log(pairs @ self._smooth + _BACKGROUND)
+        spread = usual + 0.5 * np.square(_VARIABLE * shape.min(axis=1))
+        order = np.argsort(self._kept_place[:, 1], kind="stable")
+        alike = np.zeros((len(place), len(self._candidates)))
+        limits = _REACH_UM, usual, _ACROSS_UM
+        compare_spikes(place, home_um, shape, spread, self._kept_place[order], self._kept_shape[order], limits, alike)
+        evidence: NDArray[np.float64] = np.log(alike @ self._smooth + _BACKGROUND)
         return evidence
 
     def _near(self, y_um: NDArray[np.float64]) -> NDArray[np.float64]:

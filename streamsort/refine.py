@@ -19,7 +19,7 @@ from streamsort.calibrate import Calibration, valley_ratio
 from streamsort.config import SorterConfig
 from streamsort.covariance import NoiseModel, estimate_noise
 from streamsort.discover import Discover, Group
-from streamsort.match import MATCH_DTYPE, Match, sizes
+from streamsort.match import MATCH_DTYPE, Match, join_settled, sizes
 from streamsort.probe import Probe
 from streamsort.templates import TemplateMaker, Templates, likeness, overlap
 from streamsort.warmup import Stretch
@@ -59,13 +59,13 @@ class _Pass:
 
     def see_likeness(self) -> None:
         """Take note of how alike the templates are now."""
-        now = likeness(self.bank.templates)
+        now = likeness(self.bank.templates, self.bank.templates)
         now[: len(self.likeness), : len(self.likeness)] = np.maximum(now[: len(self.likeness), : len(self.likeness)], self.likeness)
         self.likeness = now
 
     def mean(self, row: int, members: NDArray[np.bool_] | slice) -> Floats:
         """Return the mean of some of a unit's snippets near it, and of all its spikes far away, (n_whole, n_channels)."""
-        mean: Floats = self.bank.means[row].copy()
+        mean = self.bank.mean(row)
         mean[:, self.channels[row]] = np.array(self.snippets[row])[members].mean(axis=0)
         return mean
 
@@ -201,31 +201,34 @@ class Refine:
                 looked = start_sample + 2 * self._n_whole
             match.use(bank.templates, bank.threshold)
             found.append(match(traces))
-            matches, snippets = match.settled()
-            self._keep(done, matches, snippets)
+            matches, snippets, channels = match.settled()
+            self._keep(done, matches, snippets, channels)
             looked = self._look(match, matches, bank.templates, looked, discovering, seeds)
-            bank.learn(matches, snippets, len(traces) / self._rate)
+            bank.learn(matches, snippets, channels, len(traces) / self._rate)
             if start_sample - seeded > seed_s * self._rate:
                 seeded = start_sample
                 done.see_likeness()
                 for mean in seeds.births(_SEED_SPIKES) if seeds is not None else ():
                     bank.add(mean, _SEED_SPIKES, _SEED_SPIKES / seed_s)
-        self._keep(done, np.zeros(0, MATCH_DTYPE), np.zeros((0, *bank.means.shape[1:]), np.float32))
+        self._keep(done, *join_settled([]))
         done.see_likeness()
         done.matches = np.concatenate(found)
         return done
 
-    def _keep(self, done: _Pass, matches: NDArray[np.void], snippets: Floats) -> None:
-        """Keep some of each unit's snippets."""
+    def _keep(self, done: _Pass, matches: NDArray[np.void], snippets: Floats, channels: NDArray[np.int32]) -> None:
+        """Keep some of each unit's snippets, those that were cut on all channels near it."""
         for row in range(len(done.channels), len(done.bank)):
             near = self._near[done.bank.templates.channels[row, 0]]
             done.channels.append(near[near >= 0])
             done.snippets.append([])
             done.sample_index.append([])
-        for one, snippet in zip(matches, snippets, strict=True):
+        for one, snippet, cut in zip(matches, snippets, channels, strict=True):
             row = int(one["row"])
-            if len(done.snippets[row]) < _MOST_SNIPPETS:
-                done.snippets[row].append(snippet[:, done.channels[row]])
+            if len(done.snippets[row]) == _MOST_SNIPPETS:
+                continue
+            columns = np.searchsorted(cut, done.channels[row])
+            if (cut.take(columns, mode="clip") == done.channels[row]).all():
+                done.snippets[row].append(snippet[columns].T)
                 done.sample_index[row].append(int(one["sample_index"]))
 
     def _look(

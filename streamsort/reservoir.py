@@ -120,17 +120,16 @@ class Memory:
         One of each learning period is enough and makes a full store reach back over more than a burst. `serial` says for each row
         which prototype it surely belongs to, -1 for none.
         """
-        if not len(serial):
-            return
-        order = np.argsort(serial, kind="stable")
-        names, starts = np.unique(serial[order], return_index=True)
-        for name, mine in zip(names.tolist(), np.split(order, starts[1:]), strict=True):
-            n = min(len(mine), most, self._capacity)
-            if name < 0:
-                continue
+        order = np.flatnonzero(serial >= 0)
+        order = order[np.argsort(serial[order], kind="stable")]
+        names, starts, counts = np.unique(serial[order], return_index=True, return_counts=True)
+        n = np.minimum(counts, min(most, self._capacity))
+        nth = np.arange(n.sum()) - np.repeat(np.cumsum(n) - n, n)
+        counts, starts, names, n = (np.repeat(column, n) for column in (counts, starts, names, n))
+        rows = order[starts + (nth * counts + counts // 2) // n]
+        for name, i, sample_index in zip(names.tolist(), rows.tolist(), peaks["sample_index"][rows].tolist(), strict=True):
             kept = self._members.setdefault(name, deque(maxlen=self._capacity))
-            for i in mine[(np.arange(n) * len(mine) + len(mine) // 2) // n]:
-                kept.append(Member(int(peaks["sample_index"][i]), white[i].copy(), snippets[i].copy()))
+            kept.append(Member(sample_index, white[i].copy(), snippets[i].copy()))
 
     def keep_only(self, serials: Iterable[int]) -> None:
         """Forget the members of prototypes that are no more."""

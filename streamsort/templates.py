@@ -6,6 +6,7 @@ energy: the squared distance between unit and noise, in units in which noise has
 spike that travels along a dendrite; more of them would hold noise, and each costs time at every sample.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,7 @@ from scipy.fft import irfft, next_fast_len, rfft
 
 from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
+from streamsort.kernels.learn import multiply, slide
 from streamsort.probe import Probe
 
 Floats = NDArray[np.float32]
@@ -23,6 +25,9 @@ Ints = NDArray[np.int32]
 _ALWAYS, _VISIBLE = 12, 2.0  # channels, noise units peak to peak
 # Through the common reference also far away; but the mean of n snippets holds the n-th part of any other spike in them.
 _VISIBLE_FAR, _OTHERS, _MANY = 4.0, 200.0, 10_000  # noise units peak to peak, and over n
+# Channels on which a unit is known: these about its largest, or more where they are so dense that more than half lie near. Spikes
+# teach it on those, so that a spike costs no more on a large probe.
+_KNOWN = 64
 N_SHIFTS = 17
 # In samples. More than half a sample to either side: a cut-off template's score is not quite largest where the template lies.
 SHIFTS = np.linspace(-1.0, 1.0, N_SHIFTS)
@@ -49,6 +54,10 @@ class Templates(NamedTuple):
         Largest deflection, noise units.
     response : ndarray, shape (n_units, N_SHIFTS, 3), float32
         Scores one sample before, at, and after each shifted template: what tells by how much a spike is shifted.
+    around : ndarray, shape (n_units, n_known), int32
+        Channels on which the unit is known, rising; those of `channels` are among them.
+    version : ndarray, shape (n_units,), int32
+        A number that tells this template from all others of its maker.
     rivals : ndarray, shape (n_units, n_rivals), int32
         Units with a channel in common, the unit itself among them; -1 where there is none.
     """
@@ -62,6 +71,8 @@ class Templates(NamedTuple):
     energy: Floats
     height: Floats
     response: Floats
+    around: Ints
+    version: Ints
     rivals: Ints
 
     @property
@@ -73,14 +84,23 @@ class Templates(NamedTuple):
         """The mean snippets without shift, (n_units, n_whole, n_neighbors)."""
         return self.shifted[:, N_SHIFTS // 2]
 
-    def copied(self) -> "Templates":
-        """Return these units as they are now: `TemplateMaker.put` writes in place."""
-        return Templates._make(column.copy() for column in self)
+    def copied(self, into: "Templates | None" = None) -> "Templates":
+        """Return these units as they are now: `TemplateMaker.put` writes in place. What `into` holds already is not copied."""
+        if into is None or into.n_units != self.n_units:
+            return Templates._make(column.copy() for column in self)
+        rows = np.flatnonzero(into.version != self.version)
+        for column, mine in zip(into[:-1], self[:-1], strict=True):
+            column[rows] = mine[rows]
+        return into._replace(rivals=self.rivals)
+
+    def taken(self, rows: NDArray[np.intp]) -> "Templates":
+        """Return some of the units; who are rivals is no longer told."""
+        return Templates._make([*(column[rows] for column in self[:-1]), np.zeros((len(rows), 0), np.int32)])
 
     def joined(self, others: "Templates") -> "Templates":
-        """Return these units and others; who are rivals is still to be told, see `TemplateMaker.related`."""
+        """Return these units and others; whose rivals the others are is still to be told, see `TemplateMaker.related`."""
         columns = (np.concatenate(pair) for pair in zip(self[:-1], others[:-1], strict=True))
-        return Templates._make([*columns, np.zeros((self.n_units + others.n_units, 0), np.int32)])
+        return Templates._make([*columns, np.pad(self.rivals, ((0, others.n_units), (0, 0)), constant_values=-1)])
 
 
 class TemplateMaker:
@@ -100,12 +120,46 @@ class TemplateMaker:
         self.tightness = config.amplitude_spread**-2
         self.n_before = n_before
         self._near = probe.neighbors(config.radius_um)
+        n_known = min(max(_KNOWN, 2 * self._near.shape[1]), probe.n_channels)
+        self._around = np.sort(probe.neighbors(np.inf, n_known), axis=1)
         self._n_samples = len(noise.time_root)
         self._taper = taper(self._n_samples)[:, None]
+        self.n_known, self._n_made = n_known, 0
 
-    def __call__(self, means: Floats, n_spikes: NDArray[np.int64] | None = None) -> Templates:
-        """Make templates of mean snippets (n_units, n_whole, n_channels) in noise units, of so many spikes each; None: of many."""
-        n_units, n_whole, n_channels = means.shape
+    def around(self, mean: Floats, known: Ints | None = None) -> Ints:
+        """Return the channels on which a unit is to be known, (n_known,), rising.
+
+        Parameters
+        ----------
+        mean : ndarray, shape (n_whole, n_channels), float32
+            On the channels `known`, or on all.
+        known : ndarray, shape (n_known,), int32, optional
+            Where it is known so far: it stays so until some of the channels near its largest are not among them.
+        """
+        if known is not None and len(known) == len(self._near):
+            return known
+        largest = int(np.ptp(mean, axis=0).argmax())
+        home = largest if known is None else int(known[largest])
+        near = self._near[home]
+        if known is not None and np.isin(near[near >= 0], known).all():
+            return known
+        around: Ints = self._around[home]
+        return around
+
+    def __call__(self, means: Floats, n_spikes: NDArray[np.int64] | None = None, around: Ints | None = None) -> Templates:
+        """Make templates of mean snippets in noise units.
+
+        Parameters
+        ----------
+        means : ndarray, shape (n_units, n_whole, n_known), float32
+        n_spikes : ndarray, shape (n_units,), int64, optional
+            Of so many spikes each; by default of many.
+        around : ndarray, shape (n_units, n_known), int32, optional
+            The channels of each, rising; by default all.
+        """
+        n_units, n_whole, n_known = means.shape
+        around = np.tile(np.arange(n_known, dtype=np.int32), (n_units, 1)) if around is None else around
+        n_channels = len(self._near)
         n_samples = self._n_samples
         n_neighbors = min(self._config.n_channels, n_channels)
         templates = Templates(
@@ -118,22 +172,27 @@ class TemplateMaker:
             energy=np.zeros(n_units, np.float32),
             height=np.zeros(n_units, np.float32),
             response=np.zeros((n_units, N_SHIFTS, 3), np.float32),
+            around=np.zeros((n_units, n_known), np.int32),
+            version=np.zeros(n_units, np.int32),
             rivals=np.zeros((n_units, 0), np.int32),
         )
         for unit in range(n_units):
-            self.put(templates, unit, means[unit], int(n_spikes[unit]) if n_spikes is not None else _MANY)
-        return self.related(templates)
+            self.put(templates, unit, means[unit], int(n_spikes[unit]) if n_spikes is not None else _MANY, around[unit])
+        return self.related(templates, range(n_units))
 
-    def put(self, templates: Templates, unit: int, mean: Floats, n_spikes: int) -> None:
-        """Write one unit's row in place."""
-        channels = self._choose(mean, n_spikes)
-        n = len(channels)
+    def put(self, templates: Templates, unit: int, mean: Floats, n_spikes: int, around: Ints) -> None:
+        """Write one unit's row in place: of its mean snippet, (n_whole, n_known), on the channels `around`."""
+        columns = self._choose(mean, n_spikes, around)
+        n, channels = len(columns), around[columns]
+        self._n_made += 1
+        templates.version[unit] = self._n_made
+        templates.around[unit] = around
         templates.channels[unit] = -1
         templates.channels[unit, :n] = channels
         templates.place[unit] = -1
         templates.place[unit, channels] = np.arange(n)
         time_root, root = self._noise.time_root, self._noise.space_root(channels)
-        whole, n_samples = mean[:, channels], self._n_samples
+        whole, n_samples = mean[:, columns], self._n_samples
         left, size, right = np.linalg.svd(time_root.T @ (self._taper * whole[:n_samples]) @ root, full_matrices=False)
         r = min(self._config.n_ranks, len(size))
         temporal, spatial = time_root @ (left[:, :r] * size[:r]), right[:r] @ root.T
@@ -154,27 +213,31 @@ class TemplateMaker:
         templates.response[unit, :, 1] = np.tensordot(shifted[:, :n_samples], filters, 2)
         templates.response[unit, :, 2] = np.tensordot(shifted[:, 1 : n_samples + 1], filters, 2)
 
-    def related(self, templates: Templates) -> Templates:
-        """Return the templates with `rivals` as their channels say now."""
-        shared = (templates.place >= 0).astype(np.float32)
-        shared = shared @ shared.T
-        n_rivals = int((shared > 0).sum(axis=1).max(initial=0))
-        rivals = np.full((templates.n_units, n_rivals), -1, np.int32)
-        for unit, row in enumerate(shared):
-            others = np.flatnonzero(row)
-            rivals[unit, : len(others)] = others
+    def related(self, templates: Templates, changed: Iterable[int]) -> Templates:
+        """Return the templates with `rivals` as the channels of the changed rows say now."""
+        n_units = templates.n_units
+        shared = np.zeros((n_units, n_units), bool)
+        unit, column = np.nonzero(templates.rivals >= 0)
+        shared[unit, templates.rivals[unit, column]] = True
+        for row in changed:
+            channels = templates.channels[row]
+            shared[row] = shared[:, row] = (templates.place[:, channels[channels >= 0]] >= 0).any(axis=1)
+        unit, rival = np.nonzero(shared)
+        n_rivals = shared.sum(axis=1)
+        rivals = np.full((n_units, int(n_rivals.max(initial=0))), -1, np.int32)
+        rivals[unit, np.arange(len(unit)) - np.repeat(np.cumsum(n_rivals) - n_rivals, n_rivals)] = rival
         return templates._replace(rivals=rivals)
 
-    def _choose(self, mean: Floats, n_spikes: int) -> Ints:
-        """Return the channels on which the unit is largest."""
+    def _choose(self, mean: Floats, n_spikes: int, around: Ints) -> NDArray[np.intp]:
+        """Return the columns in which the unit is largest."""
         size = np.ptp(mean, axis=0)
-        near = self._near[int(size.argmax())]
-        near = near[near >= 0]
+        near = self._near[around[size.argmax()]]
+        near = np.searchsorted(around, near[np.isin(near, around)])
         near = near[np.argsort(-size[near], kind="stable")]
         visible = size > _VISIBLE_FAR + _OTHERS / n_spikes
         visible[near] = (np.arange(len(near)) < _ALWAYS) | (size[near] > _VISIBLE)
-        channels = np.flatnonzero(visible).astype(np.int32)
-        return channels[np.argsort(-size[channels], kind="stable")][: self._config.n_channels]
+        columns = np.flatnonzero(visible)
+        return columns[np.argsort(-size[columns], kind="stable")][: self._config.n_channels]
 
 
 def taper(n_samples: int) -> NDArray[np.float64]:
@@ -195,31 +258,21 @@ def delayed(waveforms: Floats, by: NDArray[np.float64]) -> Floats:
 
 def overlap(templates: Templates, a: int, b: int, max_lag: int = 8) -> tuple[float, int]:
     """Return the largest whitened inner product of two templates over lags of `b`, parts of a sample too, and the nearest lag."""
-    columns = templates.channels[a]
-    columns = np.flatnonzero((columns >= 0) & (templates.place[b][columns] >= 0))
-    if not len(columns):
+    products = np.zeros(2 * max_lag + 1)
+    slide(templates, a, b, products)
+    if not products.any():
         return 0.0, 0
-    mine = templates.filters[a][:, columns]
-    n = len(mine)
-    theirs = templates.centred[b][:n, templates.place[b][templates.channels[a][columns]]]
-    lags = range(-max_lag, max_lag + 1)
-    products = [float((mine[max(-lag, 0) : n - max(lag, 0)] * theirs[max(lag, 0) : n - max(-lag, 0)]).sum()) for lag in lags]
-    best = int(np.argmax(products))
-    before, here, after = products[max(best - 1, 0)], products[best], products[min(best + 1, len(products) - 1)]
+    best = int(products.argmax())
+    before, here, after = products[[max(best - 1, 0), best, min(best + 1, len(products) - 1)]].tolist()
     bend = before - 2 * here + after
-    return here - (before - after) ** 2 / 8 / bend if bend < 0 else here, lags[best]
+    return here - (before - after) ** 2 / 8 / bend if bend < 0 else here, best - max_lag
 
 
-def likeness(templates: Templates) -> NDArray[np.float64]:
-    """Return the cosine between every two templates, whitened, without lag, (n_units, n_units)."""
-    n_units, n_samples, _ = templates.filters.shape
-    shape = n_units, templates.place.shape[1], n_samples
-    filters, means = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-    unit, column = np.nonzero(templates.channels >= 0)
-    channel = templates.channels[unit, column]
-    filters[unit, channel] = templates.filters[unit, :, column]
-    means[unit, channel] = templates.centred[unit, :n_samples, column]
-    products = np.tensordot(filters, means, ((1, 2), (1, 2))).astype(np.float64)
-    root = np.sqrt(np.maximum(templates.energy.astype(np.float64), 1e-9))
-    cosine: NDArray[np.float64] = np.maximum(products, products.T) / root / root[:, None]
+def likeness(templates: Templates, others: Templates) -> NDArray[np.float64]:
+    """Return the cosine between each template and each of the others, whitened, without lag, (n_units, n_others)."""
+    mine, theirs = np.zeros((templates.n_units, others.n_units)), np.zeros((others.n_units, templates.n_units))
+    multiply(templates, others, mine)
+    multiply(others, templates, theirs)
+    roots = (np.sqrt(np.maximum(one.energy.astype(np.float64), 1e-9)) for one in (templates, others))
+    cosine: NDArray[np.float64] = np.maximum(mine, theirs.T) / np.multiply.outer(*roots)
     return cosine

@@ -11,7 +11,7 @@ from scenes import CONFIG, N_BEFORE, N_SAMPLES, N_WHOLE, RATE, SPANS, Cell, Even
 
 from streamsort.bank import Bank
 from streamsort.kernels.match import amplitude_of, gain_of
-from streamsort.match import MATCH_DTYPE, Match
+from streamsort.match import MATCH_DTYPE, Match, join_settled
 from streamsort.probe import Probe
 
 Floats = NDArray[np.float32]
@@ -46,11 +46,16 @@ def noisy(mean: Floats, n: int, rng: np.random.Generator, spread: float = 0.05) 
     return spikes
 
 
+def learned(bank: Bank, matches: NDArray[Any], snippets: Floats) -> bool:
+    """Let a bank learn from spikes cut where their units are known, which is everywhere."""
+    return bank.learn(matches, snippets.transpose(0, 2, 1).copy(), bank.templates.around[matches["row"]], PERIOD_S)
+
+
 def taught(bank: Bank, row: int, snippets: Floats, per_period: int = 2) -> None:
     """Let a row learn, a few spikes a period."""
     for k in range(0, len(snippets), per_period):
         part = snippets[k : k + per_period].copy()
-        bank.learn(matched(bank, [row] * len(part), part), part, PERIOD_S)
+        learned(bank, matched(bank, [row] * len(part), part), part)
 
 
 def off(found: Floats, true: Floats) -> float:
@@ -70,9 +75,9 @@ def test_a_moving_unit_is_followed(rng: np.random.Generator) -> None:
     for y_um in np.linspace(32, 52, 300):
         here = Cell(12.0, float(y_um), 15.0).at(PROBE)
         taught(bank, 0, noisy(here, 2, rng))
-        assert off(bank.means[0], here) < 0.25
+        assert off(bank.mean(0), here) < 0.25
     taught(bank, 0, noisy(arrived, 40, rng))
-    assert off(bank.means[0], arrived) < 0.1 < off(bank.means[0], start)
+    assert off(bank.mean(0), arrived) < 0.1 < off(bank.mean(0), start)
     assert bank.templates.channels[0, 0] == np.ptp(arrived, axis=0).argmax() != np.ptp(start, axis=0).argmax()
 
 
@@ -80,7 +85,7 @@ def test_a_unit_that_shrinks_is_followed(rng: np.random.Generator) -> None:
     bank, mean = bank_of(CELLS), CELLS[1].at(PROBE)
     for size in np.linspace(1, 0.6, 400):
         taught(bank, 1, noisy(np.float32(size) * mean, 2, rng))
-    assert off(bank.means[1], np.float32(0.6) * mean) < 0.1 < off(bank.means[1], mean)
+    assert off(bank.mean(1), np.float32(0.6) * mean) < 0.1 < off(bank.mean(1), mean)
 
 
 def test_a_tail_is_learned_though_it_is_not_matched(rng: np.random.Generator) -> None:
@@ -107,9 +112,9 @@ def test_a_spike_beside_a_larger_one_teaches_nothing(larger_first: bool, rng: np
     rows = [large, small] if larger_first else [small, large]
     spikes = np.concatenate([noisy(CELLS[row].at(PROBE), 1, rng) for row in rows])
     before = bank.means.copy()
-    bank.learn(matched(bank, rows, spikes, apart=30), spikes, PERIOD_S)
+    learned(bank, matched(bank, rows, spikes, apart=30), spikes)
     assert [(bank.means[row] != before[row]).any() for row in (small, large)] == [False, True]
-    bank.learn(matched(bank, rows, spikes, apart=200), spikes, PERIOD_S)
+    learned(bank, matched(bank, rows, spikes, apart=200), spikes)
     assert (bank.means[small] != before[small]).any()
 
 
@@ -119,7 +124,7 @@ def test_what_is_hardly_more_its_own_than_its_neighbours_teaches_nothing(rng: np
     for short_of_runner_up, learns in [(15.0, False), (17.0, True)]:
         matches = matched(bank, [0, 0], spikes, apart=200)
         matches["runner_up"] = matches["gain"] - short_of_runner_up
-        bank.learn(matches, spikes, PERIOD_S)
+        learned(bank, matches, spikes)
         assert (bank.means != before).any() == learns
 
 
@@ -130,16 +135,17 @@ def test_a_spike_too_large_that_fits_another_teaches_nothing(size: float, rival:
     before, spike = bank.means.copy(), np.float32(size) * CELLS[0].at(PROBE)[None]
     match = matched(bank, [0], spike)
     match["runner_up"] = rival * match["gain"]
-    bank.learn(match, spike + np.float32(0.1), PERIOD_S)
+    learned(bank, match, spike + np.float32(0.1))
     assert (bank.means != before).any() == teaches
 
 
 def test_spikes_at_once_on_other_channels_teach(rng: np.random.Generator) -> None:
     probe = Probe.linear(64, 20.0)
     cells = [Cell(12.0, 100.0, 15.0), Cell(14.0, 1100.0, 15.0)]
-    bank, before = bank_of(cells, probe=probe), mean_snippets(cells, probe)
+    bank = bank_of(cells, probe=probe)
+    before = bank.means.copy()
     spikes = np.concatenate([noisy(cell.at(probe), 1, rng) for cell in cells])
-    bank.learn(matched(bank, [0, 1], spikes, apart=5), spikes, PERIOD_S)
+    learned(bank, matched(bank, [0, 1], spikes, apart=5), spikes)
     assert (bank.means != before).any(axis=(1, 2)).all()
 
 
@@ -150,11 +156,11 @@ def test_each_unit_learns_at_its_own_speed(rng: np.random.Generator) -> None:
         here = Cell(12.0, float(y_um), 15.0).at(PROBE)
         taught(bank, 0, noisy(here, 2, rng))
         taught(bank, 1, noisy(still, 2, rng))
-        assert off(bank.means[0], here) < 0.25
+        assert off(bank.mean(0), here) < 0.25
     spikes = noisy(still, 100, rng)
     one = float(np.mean([off(spike, still) for spike in spikes]))
     taught(bank, 1, spikes)
-    assert off(bank.means[1], still) < one / 50
+    assert off(bank.mean(1), still) < one / 50
 
 
 @pytest.mark.parametrize(("energy", "rate_hz"), [(22.0, 5.0), (30.0, 1.0), (45.0, 5.0)])
@@ -172,7 +178,7 @@ def test_a_weak_unit_does_not_grow_by_selection(energy: float, rate_hz: float, r
         n_passed += int(passed.sum())
         naive += (snippets[passed] - naive).sum(axis=0) / np.float32(200)
         bank.rates_hz[:] = rate_hz
-        bank.learn(matches[passed], snippets[passed], PERIOD_S)
+        learned(bank, matches[passed], snippets[passed])
         energies.append(float(bank.templates.energy[0]))
     assert n_passed > 500
     assert np.mean(energies[100:]) == pytest.approx(energy, rel=0.10)
@@ -210,17 +216,16 @@ def test_a_template_out_of_place_is_brought_back(rng: np.random.Generator) -> No
     late = np.roll(CELLS[0].at(PROBE), 6, axis=0)
     bank.reset(0, late, 200)
     for _ in range(40):
-        taught(bank, 0, bank.means[:1] + rng.normal(size=(8, *late.shape)).astype(np.float32))
-    waveform = bank.means[0][:, 2]
+        taught(bank, 0, bank.mean(0) + rng.normal(size=(8, *late.shape)).astype(np.float32))
+    waveform = bank.mean(0)[:, 2]
     assert abs(int(waveform.argmin()) - N_BEFORE) <= 3
 
 
 def test_firing_rates_follow_and_set_the_threshold() -> None:
     bank = bank_of(CELLS, rate_hz=5.0)
-    none = np.zeros(0, MATCH_DTYPE), np.zeros((0, N_WHOLE, 8), np.float32)
     before = bank.threshold.copy()
     for _ in range(400):
-        bank.learn(*none, PERIOD_S)
+        bank.learn(*join_settled([]), PERIOD_S)
     assert (bank.rates_hz < 1.5).all() and (bank.threshold > before).all()
     np.testing.assert_allclose(bank_of(CELLS, rate_hz=3.0).threshold, 2 * np.log(RATE / 3.0), rtol=1e-5)
     assert (bank_of(CELLS, rate_hz=1e-9).threshold < 30).all() and (bank_of(CELLS, rate_hz=1e9).threshold > 10).all()
@@ -229,7 +234,7 @@ def test_firing_rates_follow_and_set_the_threshold() -> None:
 def test_a_boundary_without_news_changes_nothing() -> None:
     bank = bank_of(CELLS)
     templates = bank.templates
-    assert not bank.learn(np.zeros(0, MATCH_DTYPE), np.zeros((0, N_WHOLE, 8), np.float32), PERIOD_S)
+    assert not bank.learn(*join_settled([]), PERIOD_S)
     assert bank.templates is templates and bank.remade == []
 
 
@@ -239,13 +244,13 @@ def test_templates_with_most_news_come_first_and_the_others_later(rng: np.random
     bank = bank_of(cells, probe=probe, n_spikes=10)
     snippets = np.concatenate([noisy(cell.at(probe), 1 + (k == 7), rng) for k, cell in enumerate(cells)])
     rows = np.repeat(np.arange(12), [1 + (k == 7) for k in range(12)]).tolist()
-    assert bank.learn(matched(bank, rows, snippets), snippets, PERIOD_S)
+    assert learned(bank, matched(bank, rows, snippets), snippets)
     first = list(bank.remade)
     assert first[0] == 7 and 0 < len(first) < 12
     assert bank.remake(100)
     assert sorted([*first, *bank.remade]) == list(range(12))
     for row in range(12):
-        assert off(bank.templates.centred[row][:, 0], bank.means[row][:, bank.templates.channels[row, 0]]) < 0.1
+        assert off(bank.templates.centred[row][:, 0], bank.mean(row)[:, bank.templates.channels[row, 0]]) < 0.1
 
 
 def test_a_unit_more_leaves_the_others_as_they_are() -> None:
@@ -290,20 +295,19 @@ def test_a_jump_by_the_pitch_moves_all_units_by_a_channel_at_once() -> None:
     home = bank.templates.channels[:, 0].copy()
     bank.jump(np.array([20.0, -20.0, 0.0]), NEAR, PROBE.channel_locations)
     np.testing.assert_array_equal(bank.templates.channels[:, 0] - home, [1, -1, 0])
-    assert off(bank.means[0], Cell(12.0, 52.0, 15.0).at(PROBE)) < 0.1
-    assert off(bank.means[1], Cell(11.0, 62.0, 18.0, width=4.0).at(PROBE)) < 0.1
-    np.testing.assert_array_equal(bank.means[2], mean_snippets(CELLS, PROBE)[2])
+    assert off(bank.mean(0), Cell(12.0, 52.0, 15.0).at(PROBE)) < 0.1
+    assert off(bank.mean(1), Cell(11.0, 62.0, 18.0, width=4.0).at(PROBE)) < 0.1
+    np.testing.assert_array_equal(bank.mean(2), mean_snippets(CELLS, PROBE)[2])
     assert sorted(bank.remade) == [0, 1]
 
 
 def test_units_without_spikes_move_with_the_tissue() -> None:
     bank = bank_of(CELLS)
-    none = np.zeros(0, MATCH_DTYPE), np.zeros((0, N_WHOLE, 8), np.float32)
     for _ in range(40):
         bank.move(np.full(3, 0.5), NEAR, PROBE.channel_locations)
-        bank.learn(*none, PERIOD_S)
+        bank.learn(*join_settled([]), PERIOD_S)
     moved = Cell(12.0, 52.0, 15.0).at(PROBE)
-    assert off(bank.means[0], moved) < 0.15 < off(CELLS[0].at(PROBE), moved)
+    assert off(bank.mean(0), moved) < 0.15 < off(CELLS[0].at(PROBE), moved)
     assert off(bank.templates.centred[0], moved[:, bank.templates.channels[0]]) < 0.15
 
 
@@ -311,7 +315,7 @@ def test_a_displacement_that_trembles_moves_nothing() -> None:
     bank, before = bank_of(CELLS), mean_snippets(CELLS, PROBE)
     for by in (0.8, -0.7, 0.6, -0.9):
         bank.move(np.full(3, by), NEAR, PROBE.channel_locations)
-    np.testing.assert_array_equal(bank.means, before)
+    np.testing.assert_array_equal([bank.mean(row) for row in range(3)], before)
 
 
 def test_a_silent_unit_that_returns_to_its_place_is_what_it_was(rng: np.random.Generator) -> None:
@@ -320,7 +324,7 @@ def test_a_silent_unit_that_returns_to_its_place_is_what_it_was(rng: np.random.G
     place_um = np.concatenate([np.cumsum(rng.normal(0.0, 2.0, 500)), [0.0]])
     for by in np.diff(place_um, prepend=0.0):
         bank.move(np.full(3, by), NEAR, PROBE.channel_locations)
-    assert max(off(mean, was) for mean, was in zip(bank.means, before, strict=True)) < 0.005
+    assert max(off(bank.mean(row), was) for row, was in enumerate(before)) < 0.005
 
 
 def test_after_a_jump_a_spike_counts_for_more() -> None:
@@ -330,13 +334,13 @@ def test_after_a_jump_a_spike_counts_for_more() -> None:
     seen = np.float32(0.85) * CELLS[0].at(PROBE)
     for bank in (moved, calm):
         taught(bank, 0, seen[None])
-    assert 1.1 * off(moved.means[0], seen) < off(calm.means[0], seen)
+    assert 1.1 * off(moved.mean(0), seen) < off(calm.mean(0), seen)
 
 
 def test_what_is_taught_is_not_changed(rng: np.random.Generator) -> None:
     bank, spikes = bank_of(CELLS), noisy(CELLS[0].at(PROBE), 2, rng)
     before = spikes.copy()
-    bank.learn(matched(bank, [0, 0], spikes), spikes, PERIOD_S)
+    learned(bank, matched(bank, [0, 0], spikes), spikes)
     np.testing.assert_array_equal(spikes, before)
 
 
@@ -355,12 +359,50 @@ def test_units_that_took_each_others_places_after_a_jump_get_their_own(
 ) -> None:
     bank = bank_of(TWINS)
     bank.jump(np.full(2, 20.0), NEAR, PROBE.channel_locations)
-    nothing = np.zeros(0, MATCH_DTYPE), np.zeros((0, N_WHOLE, 8), np.float32)
-    bank.learn(*nothing, after_s)
+    bank.learn(*join_settled([]), after_s)
     for row, mean in enumerate(learned):
         bank.reset(row, mean, 50)
     for _ in range(3):  # once, not to and fro
-        bank.learn(*nothing, PERIOD_S)
-        np.testing.assert_array_equal(bank.means, learned[::-1] if exchanged else learned)
-    for row, mean in enumerate(bank.means):
-        np.testing.assert_allclose(bank.templates.centred[row], mean[:, bank.templates.channels[row]], atol=1e-3)
+        bank.learn(*join_settled([]), PERIOD_S)
+        np.testing.assert_array_equal([bank.mean(row) for row in range(2)], learned[::-1] if exchanged else learned)
+    for row in range(2):
+        np.testing.assert_allclose(bank.templates.centred[row], bank.mean(row)[:, bank.templates.channels[row]], atol=1e-3)
+
+
+# A large probe, on which units are known near them alone.
+LONG = Probe.linear(160, 20.0)
+N_KNOWN = 64
+
+
+def test_on_a_large_probe_a_unit_is_known_around_it(rng: np.random.Generator) -> None:
+    """However large the probe is; what it learns there is as on a small one."""
+    bank, small = bank_of([Cell(12.0, 1600.0, 15.0)], probe=LONG), bank_of([Cell(12.0, 80.0, 15.0)])
+    assert bank.means.shape == (1, N_KNOWN, N_WHOLE)
+    np.testing.assert_array_equal(bank.mean(0)[:, 76:84], small.mean(0))
+    seen = 0.9 * bank.mean(0) + rng.normal(size=(4, N_WHOLE, LONG.n_channels)).astype(np.float32)
+    taught(small, 0, seen[:, :, 76:84])
+    cut = seen[:, :, bank.templates.around[0]].transpose(0, 2, 1).copy()
+    matches = matched(small, [0] * 4, seen[:, :, 76:84])
+    for k in (0, 2):
+        bank.learn(matches[k : k + 2], cut[k : k + 2], np.repeat(bank.templates.around, 2, axis=0), PERIOD_S)
+    np.testing.assert_allclose(bank.mean(0)[:, 76:84], small.mean(0), atol=0.05)
+    assert off(bank.mean(0), Cell(12.0, 1600.0, 15.0).at(LONG)) > 0.005
+
+
+def test_where_a_unit_is_known_follows_it() -> None:
+    """It stays where it is while all that is near the unit is known; spikes that were cut elsewhere teach nothing."""
+    bank = bank_of([Cell(12.0, 1600.0, 15.0)], probe=LONG)
+    near, start = LONG.neighbors(CONFIG.radius_um), bank.templates.around[0].copy()
+    match = np.zeros(1, MATCH_DTYPE)
+    match["gain"], match["amplitude"] = 1e4, 1
+    for y_um in np.arange(1620, 2420, 20):
+        bank.jump(np.full(1, 20.0), near, LONG.channel_locations)
+        here, around = Cell(12.0, float(y_um), 15.0).at(LONG), bank.templates.around
+        assert off(bank.mean(0), here) < 0.1
+        assert (y_um <= 1600 + 20 * (N_KNOWN // 2 - 7)) == (around[0] == start).all()
+        bank.learn(match, here.T[around], around, PERIOD_S)
+    before = bank.means.copy()
+    bank.learn(match, before + np.float32(1), start[None], PERIOD_S)
+    np.testing.assert_array_equal(bank.means, before)
+    bank.learn(match, before + np.float32(1), bank.templates.around, PERIOD_S)
+    assert (bank.means != before).any()

@@ -211,9 +211,9 @@ def test_clean_snippets_have_the_spike_itself_and_no_other() -> None:
     traces = recorded(silence(900), Event(0, 300, amplitude=1.1), Event(1, 310), Event(2, 600))
     match = matcher()
     match(traces)
-    matches, snippets = match.settled()
-    assert snippets.shape == (3, N_WHOLE, 5) and snippets.dtype == np.float32
-    for row, snippet in zip(matches["row"].tolist(), snippets, strict=True):
+    matches, snippets, _ = match.settled()
+    assert snippets.shape == (3, 5, N_WHOLE) and snippets.dtype == np.float32
+    for row, snippet in zip(matches["row"].tolist(), snippets.transpose(0, 2, 1), strict=True):
         expected = np.float32(1.1 if row == 0 else 1.0) * CELLS[row].at(PROBE)
         assert ((snippet - expected) ** 2).sum() < 0.02 * (expected**2).sum()
         assert ((snippet - expected)[N_SAMPLES:] ** 2).sum() < 0.05 * max(float((expected[N_SAMPLES:] ** 2).sum()), 1.0)
@@ -247,7 +247,7 @@ class Changing:
 
     def learn(self, cells: Sequence[Cell]) -> None:
         """Take the settled spikes as a learning boundary does, and change the templates."""
-        matches, snippets = self.match.settled()
+        matches, snippets, _ = self.match.settled()
         order = np.lexsort((matches["row"], matches["sample_index"]))
         self.matches.append(matches[order])
         self.snippets.append(snippets[order])

@@ -192,7 +192,7 @@ def test_a_unit_that_moves_is_one() -> None:
     scene = Scene().add(lambda t: Cell(13.0, 10.0 + 1.2 * t, 18.0), lambda t: int(t > 8)).add(always(BROAD), always(2))
     bank, matches = scene.refined()
     assert_exactly_these(bank, matches, scene.trains, 0.9)
-    moved = bank.means[int((accuracies(matches, 2, scene.trains)[:, 0]).argmax())]
+    moved = bank.mean(int((accuracies(matches, 2, scene.trains)[:, 0]).argmax()))
     end, start = Cell(13.0, 34.0, 18.0).at(PROBE), Cell(13.0, 10.0, 18.0).at(PROBE)
     assert ((moved - end) ** 2).sum() < 0.3 * ((moved - start) ** 2).sum()  # the bank is that of the end
 

@@ -160,12 +160,39 @@ def test_rivals_share_a_channel() -> None:
 
 def test_one_row_may_be_written_again_without_the_others(templates: Templates) -> None:
     one = maker(PROBE, coloured(6)[0])
-    before = [array.copy() for array in templates[:-1]]
-    one.put(templates, 1, CELLS[0].at(PROBE), 10_000)
+    before = templates.copied()
+    one.put(templates, 1, CELLS[0].at(PROBE), 10_000, templates.around[1])
     fresh = one(mean_snippets([CELLS[0], CELLS[0], CELLS[2]], PROBE))
-    for old, now, expected in zip(before, templates[:-1], fresh[:-1], strict=True):
-        np.testing.assert_array_equal(now, expected)
-        np.testing.assert_array_equal(now[[0, 2]], old[[0, 2]])
+    for name in set(templates._fields) - {"rivals", "version"}:
+        now = getattr(templates, name)
+        np.testing.assert_array_equal(now, getattr(fresh, name))
+        np.testing.assert_array_equal(now[[0, 2]], getattr(before, name)[[0, 2]])
+
+
+def test_what_a_copy_holds_already_is_not_copied(templates: Templates) -> None:
+    """The row that changed alone is brought to the copy, in its own arrays."""
+    made = maker(PROBE, coloured(6)[0])
+    copy = templates.copied()
+    copy.energy[2] = 7.0
+    made.put(templates, 1, CELLS[0].at(PROBE), 10_000, templates.around[1])
+    now = templates.copied(copy)
+    assert now is not copy and now.shifted is copy.shifted
+    np.testing.assert_array_equal(now.shifted, templates.shifted)
+    np.testing.assert_array_equal(now.energy, [*templates.energy[:2], 7.0])
+    more = templates.joined(made(CELLS[0].at(PROBE)[None])).copied(copy)
+    assert more.n_units == 4 and more.shifted is not copy.shifted
+
+
+def test_rivals_are_found_anew_for_the_rows_that_changed() -> None:
+    """As if all templates were new."""
+    probe = Probe.linear(40, 20.0)
+    cells = [Cell(10.0, 0.0), Cell(10.0, 700.0), Cell(10.0, 130.0), Cell(10.0, 260.0)]
+    one, moved = maker(probe), Cell(10.0, 620.0)
+    made = one(mean_snippets(cells, probe))
+    one.put(made, 2, moved.at(probe), 10_000, made.around[2])
+    fresh = one(mean_snippets([*cells[:2], moved, *cells[3:]], probe)).rivals
+    assert not np.array_equal(made.rivals, fresh)
+    np.testing.assert_array_equal(one.related(made, [2]).rivals, fresh)
 
 
 def test_no_units_make_no_templates() -> None:
@@ -201,6 +228,11 @@ def test_a_delay_by_whole_samples_shifts_in_silence() -> None:
     np.testing.assert_allclose(moved[0, :, 0], [0, 0, 1, 2, 3, 4, 5, 6], atol=1e-5)
 
 
+def test_likeness_to_others_is_what_it_would_be_among_them(templates: Templates) -> None:
+    few = templates.taken(np.array([2, 0]))
+    np.testing.assert_array_equal(likeness(few, templates), likeness(templates, templates)[[2, 0]])
+
+
 def test_overlap_of_a_unit_with_itself_is_its_energy(templates: Templates) -> None:
     product, lag = overlap(templates, 1, 1)
     assert lag == 0 and product == pytest.approx(templates.energy[1], rel=1e-4)
@@ -222,7 +254,7 @@ def test_overlap_on_other_channels_is_nothing() -> None:
 def test_likeness_is_a_cosine() -> None:
     cells = [*CELLS, replace(CELLS[0], height=30.0)]
     made = maker(PROBE)(mean_snippets(cells, PROBE))
-    found = likeness(made)
+    found = likeness(made, made)
     np.testing.assert_allclose(np.diag(found), 1.0, atol=1e-4)
     np.testing.assert_allclose(found, found.T)
     assert found[0, 3] == pytest.approx(1.0, abs=1e-3)  # of another size only
@@ -230,10 +262,11 @@ def test_likeness_is_a_cosine() -> None:
     expected = flat[0] @ flat[2] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[2])
     assert found[0, 2] == pytest.approx(expected, abs=0.02) and found[0, 2] < 0.6
     turned = maker(PROBE)(np.stack([CELLS[0].at(PROBE), -CELLS[0].at(PROBE)]))
-    assert likeness(turned)[0, 1] == pytest.approx(-1.0, abs=1e-3)
+    assert likeness(turned, turned)[0, 1] == pytest.approx(-1.0, abs=1e-3)
 
 
 def test_likeness_of_units_on_other_channels_is_none() -> None:
     probe = Probe.linear(40, 20.0)
-    found = likeness(maker(probe)(mean_snippets([Cell(10.0, 0.0), Cell(10.0, 700.0)], probe)))
+    made = maker(probe)(mean_snippets([Cell(10.0, 0.0), Cell(10.0, 700.0)], probe))
+    found = likeness(made, made)
     np.testing.assert_allclose(found, np.eye(2), atol=1e-4)

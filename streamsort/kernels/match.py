@@ -452,15 +452,18 @@ def accept(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, row: 
 
 @kernel
 def clean_snippets(residual: Floats, t: Tuple, first: Any, row: Any, amplitude: Floats, snippets: Floats) -> None:
-    """Cut the residual from columns `first` on and put each spike's own template back, unshifted."""
+    """Cut the residual from columns `first` on, where each spike's unit is known, and put its own template back, unshifted."""
     middle = t.shifted.shape[1] // 2
     for i in range(len(first)):
-        for c in range(residual.shape[0]):
-            for j in range(snippets.shape[1]):
-                snippets[i, j, c] = residual[c, first[i] + j]
+        around = t.around[row[i]]
+        for k in range(len(around)):
+            line = residual[around[k], first[i] : first[i] + snippets.shape[2]]
+            for j in range(snippets.shape[2]):
+                snippets[i, k, j] = line[j]
         for k in range(t.channels.shape[1]):
             c = t.channels[row[i], k]
             if c < 0:
                 break
-            for j in range(snippets.shape[1]):
-                snippets[i, j, c] += amplitude[i] * t.shifted[row[i], middle, j, k]
+            line = snippets[i, np.searchsorted(around, c)]
+            for j in range(snippets.shape[2]):
+                line[j] += amplitude[i] * t.shifted[row[i], middle, j, k]
