@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.config import SorterConfig
+from streamsort.kernels.assign import nearest_spikes
 from streamsort.kernels.nearest import nearest
 from streamsort.match import MATCH_DTYPE, Match, Settled
 from streamsort.noise import divisor
 from streamsort.probe import Probe
-from streamsort.records import SPIKE_DTYPE, UNSORTED, Flag, PeakBatch, join_records
+from streamsort.records import PEAK_DTYPE, SPIKE_DTYPE, UNSORTED, Flag, PeakBatch, join_records
 from streamsort.templates import Templates
 
 Floats = NDArray[np.float32]
@@ -154,12 +155,11 @@ class Assign:
 
         `sample_index` is that of the filtered traces. What there is to learn from is noted.
         """
-        notes = self._notes
-        unexplained: list[NDArray[Any]] = []
+        decided: list[NDArray[Any]] = []
         if batch.start_sample != self.match.next_sample and len(batch.traces):
-            unexplained = self._decide(batch.start_sample)  # what came before a gap is not going to be explained any more
+            decided = self._decide(batch.start_sample)  # what came before a gap is not going to be explained any more
             self.restart(batch.start_sample)
-        if len(self._near_gap) or batch.near_gap.any():
+        if len(self._near_gap) or np.count_nonzero(batch.near_gap):
             recent = self._near_gap >= self.match.through_sample - self.match.n_before
             self._near_gap = np.concatenate([self._near_gap[recent], batch.start_sample + np.flatnonzero(batch.near_gap)])
         matches = self.match(batch.traces, self.channel_noise)
@@ -167,16 +167,11 @@ class Assign:
             self._waiting.append((batch.peaks, batch.snippets, batch.noise_level))
         if len(matches):
             self._recent = join_records([self._recent, matches])
-        unexplained += self._decide(self.through_sample)
-        if len(self._recent):
+        decided += self._decide(self.through_sample)
+        if len(matches):
             self._recent = self._recent[self._recent["sample_index"] > self.through_sample - 2 * self._same]
-        matches = matches[matches["sample_index"] >= self._published_through]
-        if not len(matches):
-            return join_records(unexplained) if unexplained else np.zeros(0, SPIKE_DTYPE)
-        spikes = self.spikes(matches)
-        notes.spikes.append(spikes)
-        notes.matches.append(matches)
-        return join_records([spikes, *unexplained])
+            decided = [*self._publish(matches[matches["sample_index"] >= self._published_through]), *decided]
+        return join_records(decided) if decided else np.zeros(0, SPIKE_DTYPE)
 
     def hasten(self, batch: PeakBatch, through_sample: int, named: bool) -> NDArray[np.void]:
         """Take a batch without matching it; return its peaks, and those that waited, as spikes, all but their times.
@@ -235,21 +230,30 @@ class Assign:
         self._notes.explained.append(Explained(peaks[:n], snippets[:n], noise_level[:n], unit, strange))
         return [as_spikes(peaks[:n][unit < 0])]
 
+    def _publish(self, matches: NDArray[np.void]) -> list[NDArray[np.void]]:
+        """Note the matches, if there are any, and return them as spikes."""
+        if not len(matches):
+            return []
+        spikes = self.spikes(matches)
+        self._notes.spikes.append(spikes)
+        self._notes.matches.append(matches)
+        return [spikes]
+
     def explain(self, peaks: NDArray[Any], matches: NDArray[np.void]) -> Ints:
         """Return which of the matches each peak is, -1 for none."""
         return explain(peaks, matches, self.known.templates.channels[:, 0], self._nearby, self._same)
 
     def _explain(self, peaks: NDArray[Any]) -> tuple[Ints, NDArray[np.bool_]]:
         match = self.explain(peaks, self._recent)
-        unit = np.full(len(peaks), UNSORTED, np.int64)
-        strange = np.zeros(len(peaks), bool)
-        heights = self._recent["amplitude"] * self.known.templates.height[self._recent["row"]]
-        for k, (sample_index, channel) in enumerate(zip(peaks["sample_index"].tolist(), peaks["channel"].tolist(), strict=True)):
-            left = np.abs(self.match.residual(sample_index, sample_index + 1)[channel])
-            least = self._threshold if match[k] < 0 else max(self._threshold, _LEFTOVER * heights[match[k]])
-            strange[k] = len(left) == 1 and left[0] > least
-            if match[k] >= 0 and not strange[k]:
-                unit[k] = self.known.unit_id[self._recent["row"][match[k]]]
+        unit, least = np.full(len(peaks), UNSORTED, np.int64), np.full(len(peaks), self._threshold, np.float32)
+        by = (match >= 0).nonzero()[0]
+        if len(by):
+            spikes = self._recent[match[by]]
+            rows = spikes["row"]
+            unit[by] = self.known.unit_id[rows]
+            least[by] = np.maximum(least[by], _LEFTOVER * (spikes["amplitude"] * self.known.templates.height[rows]))
+        strange = self.match.left(peaks["sample_index"], peaks["channel"]) > least
+        unit[strange] = UNSORTED
         return unit, strange
 
     def spikes(self, matches: NDArray[np.void]) -> NDArray[np.void]:
@@ -283,11 +287,12 @@ def _confidence(over_noise: Floats, over_other: Floats) -> Floats:
 def explain(
     peaks: NDArray[Any], matches: NDArray[np.void], home: NDArray[np.int32], nearby: NDArray[np.bool_], same_samples: int
 ) -> Ints:
-    """Return which of the spikes each peak is, -1 for none: the nearest in time of those nearby.
+    """Return which of the spikes each peak is, -1 for none: the nearest in time of those nearby, the earlier of two.
 
     Parameters
     ----------
     peaks : ndarray, shape (n_peaks,), PEAK_DTYPE
+        In order of time.
     matches : ndarray, shape (n_spikes,), MATCH_DTYPE
     home : ndarray, shape (n_units,), int32
         Largest channel of each unit.
@@ -296,16 +301,17 @@ def explain(
         They lie no further apart in time.
     """
     order = np.argsort(matches["sample_index"], kind="stable")
-    times = matches["sample_index"][order]
-    low = np.searchsorted(times, peaks["sample_index"] - same_samples)
-    high = np.searchsorted(times, peaks["sample_index"] + same_samples, side="right")
-    found = np.full(len(peaks), -1, np.int64)
-    for k, (a, b) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
-        near = order[a:b]
-        near = near[nearby[home[matches["row"][near]], peaks["channel"][k]]]
-        if len(near):
-            found[k] = near[np.abs(matches["sample_index"][near] - peaks["sample_index"][k]).argmin()]
-    return found
+    spikes, found = matches[order], np.empty(len(peaks), np.int64)
+    # Contiguous: a field's view of several records is another type to numba than that of one, and would be compiled for live.
+    at, channel, spike_at = map(np.ascontiguousarray, (peaks["sample_index"], peaks["channel"], spikes["sample_index"]))
+    nearest_spikes(at, channel, spike_at, home[spikes["row"]], nearby, same_samples, found)
+    named: Ints = np.append(order, -1)[found]
+    return named
+
+
+def warmup() -> None:
+    """Compile the kernel on scratch data."""
+    explain(np.zeros(1, PEAK_DTYPE), np.zeros(1, MATCH_DTYPE), np.zeros(1, np.int32), np.ones((1, 1), np.bool_), 1)
 
 
 def as_spikes(peaks: NDArray[Any]) -> NDArray[np.void]:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from streamsort.config import MatchConfig
 from streamsort.covariance import NoiseModel
-from streamsort.kernels.match import advance, clean_snippets, score_units
+from streamsort.kernels.match import advance, clean_snippets, score
 from streamsort.probe import Probe
 from streamsort.records import join_records
 from streamsort.templates import TemplateMaker, Templates
@@ -47,9 +47,13 @@ class Window(NamedTuple):
     """Scratch and state of the kernels; columns are samples, and a few beyond the last of them are spare."""
 
     residual: Floats  # (n_channels, n_columns); of samples yet to come, what is subtracted already
-    scores: Floats  # (n_units, n_columns)
-    lines: Floats  # (n_units, n_ranks, n_columns) the residual through each unit's spatial factors
+    scores: Floats  # (n_units, n_columns); 0 where they are far from a spike's
+    lines: Floats  # (n_units, n_ranks and up to two more, n_columns) the residual through each unit's spatial factors
+    units: NDArray[np.int32]  # (n_units,) all of them
+    norms: Floats  # (n_units, n_ranks) of the temporal factors
     last: NDArray[np.int32]  # (n_units,) column of each unit's last spike
+    until: NDArray[np.int32]  # (n_units,) column from which on no score is large enough for a spike
+    tall: NDArray[np.bool_]  # (n_columns,) where some unit's may be
     deferred: NDArray[np.bool_]  # (n_columns,) to be looked at again
     recent: NDArray[np.int32]  # (n, 3) unit, column, shift of the latest spikes
     recent_amplitude: Floats
@@ -111,8 +115,12 @@ class Match:
         self._window = Window(
             residual=np.zeros((n_channels, n_columns), np.float32),
             scores=np.zeros((0, n_columns), np.float32),
-            lines=np.zeros((0, config.n_ranks, n_columns), np.float32),
+            lines=np.zeros((0, -(-config.n_ranks // 3) * 3, n_columns), np.float32),
+            units=np.zeros(0, np.int32),
+            norms=np.zeros((0, config.n_ranks), np.float32),
             last=np.zeros(0, np.int32),
+            until=np.zeros(0, np.int32),
+            tall=np.zeros(n_columns, np.bool_),
             deferred=np.zeros(n_columns, np.bool_),
             recent=np.full((_N_RECENT, 3), -1, np.int32),
             recent_amplitude=np.zeros(_N_RECENT, np.float32),
@@ -134,8 +142,8 @@ class Match:
     def restart(self, start_sample: int) -> None:
         """Forget the traces, as after a gap; the next sample is `start_sample`, and silence is taken to lie before it."""
         self._window.residual[:] = 0
-        self._window.last[:] = _LONG_AGO
-        self._window.deferred[:] = False
+        self._window.last[:] = self._window.until[:] = _LONG_AGO
+        self._window.deferred[:] = self._window.tall[:] = False
         self._window.recent[:, 0] = -1
         self._stop = self._history
         self._origin = start_sample - self._history
@@ -172,10 +180,13 @@ class Match:
             scores, lines = (
                 np.zeros((templates.n_units, *array.shape[1:]), np.float32) for array in (self._window.scores, self._window.lines)
             )
-            last = np.concatenate([self._window.last, np.full(n_new, _LONG_AGO, np.int32)])
-            self._window = self._window._replace(scores=scores, lines=lines, last=last)
+            new = np.full(n_new, _LONG_AGO, np.int32)
+            last, until = np.append(self._window.last, new), np.append(self._window.until, new)
+            units = np.arange(templates.n_units, dtype=np.int32)
+            self._window = self._window._replace(scores=scores, lines=lines, units=units, last=last, until=until)
+        self._window = self._window._replace(norms=np.linalg.norm(templates.temporal, axis=2))
         first = int(self._window.through[0]) - self._spans.sweep - 1
-        score_units(self._window, templates, first, self._computed, self.n_before)
+        score(self._window, templates, self._window.units, first - self.n_before, first, self._computed, self.n_before)
 
     def warmup(self, config: MatchConfig) -> None:
         """Compile the kernels on scratch data."""
@@ -267,15 +278,21 @@ class Match:
         if self._stop + n_samples + self.n_whole <= window.residual.shape[1]:
             return
         by = self._stop - self._history
-        for array in (window.residual, window.scores, window.lines, window.deferred):
+        for array in (window.residual, window.scores, window.lines, window.deferred, window.tall):
             array[..., : self._history + self.n_whole] = array[..., by : self._stop + self.n_whole].copy()
         window.residual[:, self._history + self.n_whole :] = 0
-        window.deferred[self._history + self.n_whole :] = False
-        window.last[:] = np.maximum(window.last - by, _LONG_AGO)
+        window.deferred[self._history + self.n_whole :] = window.tall[self._history + self.n_whole :] = False
+        for column in (window.last, window.until):
+            column[:] = np.maximum(column - by, _LONG_AGO)
         window.recent[:, 1] = np.maximum(window.recent[:, 1] - by, _LONG_AGO)
         self._stop, self._decided, self._computed = self._stop - by, self._decided - by, self._computed - by
         self._origin += by
         window.through[0] -= by
+
+    def left(self, sample_index: NDArray[np.int64], channel: NDArray[np.int32]) -> Floats:
+        """Return how large what is left of the traces is at single samples, of the latest ones."""
+        left: Floats = np.abs(self._window.residual[channel, sample_index - self._origin])
+        return left
 
     def residual(self, start_sample: int, stop_sample: int) -> Floats:
         """Return what is left of the traces, (n_channels, n), a view; of the latest samples only."""

@@ -160,6 +160,23 @@ def test_a_spike_explains_no_peak_far_away_in_time_or_space() -> None:
     }
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_each_peak_is_the_nearest_spike_in_time_the_earlier_of_two_the_first_of_equals(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    home, nearby = rng.integers(0, 6, 4).astype(np.int32), rng.random((6, 6)) < 0.6
+    matches = np.zeros(60, MATCH_DTYPE)
+    matches["sample_index"], matches["row"] = rng.integers(0, 300, 60), rng.integers(0, 4, 60)
+    peaks = peaks_at(*zip(np.sort(rng.integers(0, 300, 80)).tolist(), rng.integers(0, 6, 80).tolist(), strict=True))
+    expected = []
+    for peak in peaks:
+        times = matches["sample_index"].tolist()
+        late = [(abs(at - int(peak["sample_index"])), at, k) for k, at in enumerate(times)]
+        near = [one for one in late if one[0] <= 9 and nearby[home[matches["row"][one[2]]], peak["channel"]]]
+        expected.append(min(near)[2] if near else -1)
+    assert explain(peaks, matches, home, nearby, 9).tolist() == expected
+    assert -1 in expected and len(set(expected)) > 20
+
+
 def test_nothing_explains_without_spikes_and_nothing_is_explained_without_peaks() -> None:
     none, nearby = np.zeros(0, MATCH_DTYPE), np.ones((4, 4), bool)
     assert explain(peaks_at((5, 1)), none, np.zeros(0, np.int32), nearby, 9).tolist() == [-1]

@@ -1,5 +1,7 @@
 """The kernels of template matching against their definitions."""
 
+import itertools
+
 import naive_match
 import numpy as np
 import pytest
@@ -22,23 +24,31 @@ from scenes import (
     maker,
     mean_snippets,
     noise,
+    recorded,
     templates,
 )
 
 from streamsort.kernels import match as kernels
 from streamsort.match import Window
+from streamsort.templates import Templates
 
 Floats = NDArray[np.float32]
 
 
-def window(residual: Floats, n_units: int) -> Window:
+def window(residual: Floats, t: Templates, everywhere: bool = False) -> Window:
+    """Make a window of a residual; `everywhere`: no score is taken to be small."""
+    n_units = len(t.energy)
     residual = np.pad(residual, ((0, 0), (0, 7)))
     n_columns = residual.shape[1]
     return Window(
         residual=residual,
         scores=np.zeros((n_units, n_columns), np.float32),
         lines=np.zeros((n_units, 3, n_columns), np.float32),
+        units=np.arange(n_units, dtype=np.int32),
+        norms=np.full((n_units, 3), np.inf, np.float32) if everywhere else np.linalg.norm(t.temporal, axis=2),
         last=np.full(n_units, -(1 << 20), np.int32),
+        until=np.full(n_units, -(1 << 20), np.int32),
+        tall=np.zeros(n_columns, np.bool_),
         deferred=np.zeros(n_columns, np.bool_),
         recent=np.full((16, 3), -1, np.int32),
         recent_amplitude=np.zeros(16, np.float32),
@@ -55,24 +65,49 @@ def window(residual: Floats, n_units: int) -> Window:
 @pytest.mark.parametrize("n_columns", [1, 2, 7, 64, 301])
 def test_a_score_is_the_inner_product_of_filter_and_residual(n_columns: int) -> None:
     t = maker(PROBE, coloured(5)[0])(mean_snippets(CELLS, PROBE))
-    one = window(noise(n_columns + N_SAMPLES).T, 3)
-    one.scores[:] = np.nan
-    kernels.score_units(one, t, N_BEFORE, N_BEFORE + n_columns, N_BEFORE)
-    written = np.isfinite(one.scores).all(axis=0)
-    assert written[N_BEFORE:][:n_columns].all() and n_columns <= written.sum() < n_columns + 8  # in whole vectors
+    one = window(noise(n_columns + N_SAMPLES + 1).T, t, everywhere=True)
+    kernels.score(one, t, one.units, 0, N_BEFORE + 1, N_BEFORE + 1 + n_columns, N_BEFORE)
     for unit in range(3):
         weights = naive_match.filter_on_all(t, unit, 5)
-        expected = [naive_match.score_at(one.residual.astype(float), weights, N_BEFORE + c, N_BEFORE) for c in range(n_columns)]
-        np.testing.assert_allclose(one.scores[unit, N_BEFORE : N_BEFORE + n_columns], expected, rtol=1e-4, atol=1e-3)
+        columns = range(N_BEFORE + 1, N_BEFORE + 1 + n_columns)
+        expected = [naive_match.score_at(one.residual.astype(float), weights, c, N_BEFORE) for c in columns]
+        np.testing.assert_allclose(one.scores[unit, columns], expected, rtol=1e-4, atol=1e-3)
 
 
-def test_a_score_has_the_same_bits_wherever_the_stretch_begins() -> None:
+def scored(residual: Floats, t: Templates, cuts: list[int], everywhere: bool = False) -> Window:
+    """Score a residual between the cuts, one stretch after the other."""
+    one, begun = window(residual, t, everywhere), 0
+    for start, stop in itertools.pairwise(cuts):
+        kernels.score(one, t, one.units, begun, start, stop, N_BEFORE)
+        begun = stop - N_BEFORE + N_SAMPLES - 1
+    return one
+
+
+CUTS = [[N_BEFORE + 1, 300], [N_BEFORE + 1, 20, 26, 121, 122, 300], list(range(N_BEFORE + 1, 301))]
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+def test_a_score_has_the_same_bits_wherever_the_stretch_begins(cuts: list[int]) -> None:
     t, residual = templates(), noise(400).T
-    whole, parts = window(residual, 3), window(residual, 3)
-    kernels.score_units(whole, t, N_BEFORE, 300, N_BEFORE)
-    for start, stop in ((N_BEFORE, 19), (19, 26), (26, 121), (121, 300)):
-        kernels.score_units(parts, t, start, stop, N_BEFORE)
-    np.testing.assert_array_equal(whole.scores[:, :300], parts.scores[:, :300])
+    whole, parts = (scored(residual, t, where, everywhere=True).scores[:, N_BEFORE + 1 : 300] for where in (CUTS[0], cuts))
+    np.testing.assert_array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_small_scores_are_left_out_but_for_those_beside_large_ones(seed: int, cuts: list[int]) -> None:
+    """Among them a spike so small that its score is hardly large, and one at a cut."""
+    t, rng = templates(), np.random.default_rng(seed)
+    events = [Event(unit, at, rng.uniform(-0.5, 0.5), size) for unit, at, size in ((0, 60, 0.52), (1, 121, 1.0), (2, 260, 0.55))]
+    residual = naive_match.in_steps(recorded(0.3 * noise(400, seed), *events).T).astype(np.float32)
+    every, some = (scored(residual, t, cuts, everywhere).scores[:, N_BEFORE + 1 : 300] for everywhere in (True, False))
+    large = every >= float(kernels._LEAST) * t.energy[:, None]
+    needed = large.copy()
+    needed[:, 1:] |= large[:, :-1]
+    needed[:, :-1] |= large[:, 1:]
+    assert large.any(axis=1).all()
+    np.testing.assert_array_equal(some[needed], every[needed])
+    assert ((some == every) | (some == 0)).all() and (some[~needed] == 0).mean() > 0.5
 
 
 @given(score=st.floats(-100, 900), energy=st.floats(10, 900), tightness=st.floats(1, 200))
@@ -117,10 +152,10 @@ def test_peeling_equals_its_definition(seed: int) -> None:
     first, stop = 2 * N_SAMPLES, computed - SPANS.sweep - 1
     slow = naive_match.Peeler(traces.T.astype(float), t, threshold, SPANS, LIMITS)
     slow(first, stop)
-    one = window(traces.T, 3)
+    one = window(traces.T, t)
     one.through[0] = first - SPANS.look_back
-    kernels.score_units(one, t, N_BEFORE, computed, N_BEFORE)
-    n = kernels.peel(one, t, threshold, first, stop, computed, SPANS)
+    kernels.score(one, t, one.units, 0, N_BEFORE + 1, computed, N_BEFORE)
+    n = kernels.peel(one, t, threshold, first, stop, computed, 0, SPANS)
     assert n >= 2 and slow.waited and slow.n_apart
     assert [tuple(row) for row in one.found[:n].tolist()] == slow.found
     measured = np.stack([one.amplitude[:n], one.gain[:n], one.runner_up[:n]], axis=1)

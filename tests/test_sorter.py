@@ -325,7 +325,7 @@ def test_a_snippet_the_model_was_not_made_for_is_refused(recording: Recording) -
 STREAMED = """
 import numpy as np
 from streamsort.config import SorterConfig
-from streamsort.kernels import cluster, detect, learn, match, preprocess
+from streamsort.kernels import assign, cluster, detect, learn, match, preprocess
 from streamsort.records import Chunk, StreamInfo
 from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
 from streamsort.sorter import Sorter
@@ -333,7 +333,7 @@ from streamsort.sorter import Sorter
 def signatures():
     return {
         name: len(kernel.signatures)
-        for module in (cluster, detect, learn, match, preprocess)
+        for module in (assign, cluster, detect, learn, match, preprocess)
         for name, kernel in vars(module).items()
         if hasattr(kernel, "signatures")
     }
@@ -347,7 +347,7 @@ made.traces.flags.writeable = False
 for start in range(0, len(made.traces), 300):
     sorter.process(Chunk(start, made.traces[start : start + 300]))
 assert sorter.units_table()
-names = ("clean_snippets", "teach", "compare_spikes", "slide", "follow", "find_peaks", "advance", "score_units")
+names = ("clean_snippets", "teach", "compare_spikes", "slide", "follow", "find_peaks", "advance", "score", "nearest_spikes")
 used = min(before[name] for name in names)
 print(max(signatures().values()), signatures() == before, used)
 """

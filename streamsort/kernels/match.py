@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamsort.kernels import Floats, kernel
+from streamsort.kernels import Floats, kernel, reduction
 
 Tuple = Any  # a named tuple of arrays; numba reads its fields
 
@@ -25,6 +25,9 @@ _TOO_SMALL, _TOO_LARGE = np.float32(0.55), np.float32(2)
 
 STEPS = np.float32(1024)  # of the residual, per noise unit
 _LARGEST = np.float32(4096)  # noise units; only artifacts are larger
+
+_SMALL = np.float32(0.49)  # of a template's energy: scores below are asked for by nobody, whatever the rounding
+_STRETCH, _LOOK = 64, 32  # columns taken in, and looked at, at once; any numbers give the same spikes
 
 # A spike that leaves something larger than itself, by more than noise is, on so many of its channels is a part of something else.
 # Without the margin two spikes at once, as large as one another, would each seem a part of the other, and both be lost.
@@ -42,64 +45,119 @@ def advance(
     many spikes were found.
     """
     stop, computed, decided = at
-    append(window.residual, stop, traces, level)
-    can_compute = stop + len(traces) - t.temporal.shape[2] + spans.n_before + 1
-    for u in range(len(t.energy)):
-        project(window, t, u, stop, stop + len(traces))
-        correlate(window, t, u, computed, can_compute, spans.n_before)
-    can_decide = can_compute - spans.sweep - 1
-    n_found = peel(window, t, threshold, decided, can_decide, can_compute, spans)
-    return can_compute, can_decide, n_found
+    n_found = 0
+    for first in range(0, len(traces), _STRETCH):
+        some = traces[first : first + _STRETCH]
+        append(window.residual, stop, some, level, window.scratch)
+        can_compute = stop + len(some) - t.temporal.shape[2] + spans.n_before + 1
+        score(window, t, window.units, stop, computed, can_compute, spans.n_before)
+        stop, computed = stop + len(some), can_compute
+        n_found = peel(window, t, threshold, decided, computed - spans.sweep - 1, computed, n_found, spans)
+        decided = computed - spans.sweep - 1
+    return computed, decided, n_found
 
 
 @kernel
-def append(residual: Floats, stop: int, traces: Floats, level: Floats) -> None:
+def append(residual: Floats, stop: int, traces: Floats, level: Floats, row: Floats) -> None:
     """Add samples in noise units to what is subtracted from them already, from column `stop` on."""
-    for c in range(len(residual)):
-        for s in range(len(traces)):
+    n_channels = len(residual)
+    for s in range(len(traces)):
+        for c in range(n_channels):
             x = min(max(traces[s, c] / level[c], -_LARGEST), _LARGEST)
-            residual[c, stop + s] += np.rint(x * STEPS) / STEPS
+            row[c] = np.rint(x * STEPS) / STEPS
+        for c in range(n_channels):
+            residual[c, stop + s] += row[c]
 
 
 @kernel
-def score_units(window: Tuple, t: Tuple, start: int, stop: int, n_before: int) -> None:
-    """Correlate every unit's filter with the residual at columns [start, stop)."""
-    for u in range(len(t.energy)):
-        score_unit(window, t, u, start, stop, n_before)
+def score(window: Tuple, t: Tuple, units: Any, changed: int, start: int, stop: int, n_before: int) -> None:
+    """Correlate units' filters, sums of spatial times temporal factors, with the residual at columns [start, stop).
+
+    The residual is the same as last time up to column `changed`. Units end with the first -1.
+    """
+    end = whole_vectors(changed, stop - n_before + t.temporal.shape[2] - 1)
+    for u in units:
+        if u < 0:
+            break
+        lines, scores = window.lines[u], window.scores[u]
+        project(window.residual, t.channels[u], t.spatial[u], lines, changed, end)
+        for first in range(start, stop, _LOOK):
+            last = min(first + _LOOK, stop)
+            least = _SMALL * t.energy[u]
+            if correlate(lines, t.temporal[u], window.norms[u], least, first, last, n_before, scores, window.scratch):
+                window.until[u] = max(window.until[u], mark(scores, _TOO_SMALL * t.energy[u], first - 1, last + 1, window.tall))
 
 
 @kernel
-def score_unit(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: int) -> None:
-    """Correlate one unit's filter, a sum of spatial times temporal factors, with the residual at columns [start, stop)."""
-    if start < stop:
-        project(window, t, u, start - n_before, stop - n_before + t.temporal.shape[2] - 1)
-        correlate(window, t, u, start, stop, n_before)
+def project(residual: Floats, channels: Any, spatial: Floats, lines: Floats, start: int, stop: int) -> None:
+    """Weigh the channels by each of a unit's spatial factors, at columns [start, stop): most do not change again.
+
+    Three factors and two channels at a time spare loads and stores. Lines beyond the last factor are spare.
+    """
+    n_ranks, n = len(spatial), 0
+    while n < len(channels) and channels[n] >= 0:
+        n += 1
+    for r in range(0, n_ranks, 3):
+        a, b, c = lines[r, start:stop], lines[r + 1, start:stop], lines[r + 2, start:stop]
+        a[:], b[:], c[:] = _ZERO, _ZERO, _ZERO
+        u, v, w = spatial[r], spatial[min(r + 1, n_ranks - 1)], spatial[min(r + 2, n_ranks - 1)]
+        for k in range(0, n, 2):
+            m = min(k + 1, n - 1)
+            x, y = residual[channels[k], start:stop], residual[channels[m], start:stop]
+            u0, v0, w0 = u[k], v[k], w[k]
+            u1, v1, w1 = (u[m], v[m], w[m]) if m > k else (_ZERO, _ZERO, _ZERO)
+            for s in range(len(a)):
+                a[s] = a[s] + u0 * x[s] + u1 * y[s]
+                b[s] = b[s] + v0 * x[s] + v1 * y[s]
+                c[s] = c[s] + w0 * x[s] + w1 * y[s]
 
 
 @kernel
-def project(window: Tuple, t: Tuple, u: int, start: int, stop: int) -> None:
-    """Weigh the channels by a unit's spatial factors, at columns [start, stop) of the residual: most do not change again."""
-    stop = whole_vectors(start, stop)
-    for r in range(t.spatial.shape[1]):
-        line = window.lines[u, r, start:stop]
-        line[:] = _ZERO
-        for k in range(t.channels.shape[1]):
-            c = t.channels[u, k]
-            if c < 0:
-                break
-            weight, x = t.spatial[u, r, k], window.residual[c, start:stop]
-            for s in range(len(x)):
-                line[s] += weight * x[s]
+def correlate(
+    lines: Floats, temporal: Floats, norms: Floats, least: Any, start: int, stop: int, n_before: int, scores: Floats, out: Floats
+) -> bool:
+    """Sum a unit's projections, each weighed by its temporal factor around every column of [start, stop).
+
+    Where no score can be `least` they are left 0, and that is told: an inner product is at most the product of the norms, and the
+    first factor is most of a filter. The scores on either side of one that large are right, too.
+    """
+    n_samples, first, end = temporal.shape[1], start - 1, whole_vectors(start - 1, stop + 1)
+    rest, total = _ZERO, out[: end - first]
+    for r in range(1, len(temporal)):
+        rest += norms[r] * np.sqrt(energy_of(lines[r, first - n_before : stop - n_before + n_samples]))
+    possible = rest + norms[0] * np.sqrt(energy_of(lines[0, first - n_before : stop - n_before + n_samples])) >= least
+    if possible:
+        total[:] = _ZERO
+        convolve(lines[0, first - n_before : end - n_before + n_samples - 1], temporal[0], total)
+        possible = False
+        for i in range(len(total)):
+            possible |= total[i] >= least - rest
+    if not possible:
+        scores[start:stop] = _ZERO
+        return False
+    for r in range(1, len(temporal)):
+        convolve(lines[r, first - n_before : end - n_before + n_samples - 1], temporal[r], total)
+    scores[first:end] = total
+    return True
+
+
+@reduction
+def energy_of(line: Floats) -> np.float32:
+    """Sum the squares."""
+    total = _ZERO
+    for s in range(len(line)):
+        total += line[s] * line[s]
+    return total
 
 
 @kernel
-def correlate(window: Tuple, t: Tuple, u: int, start: int, stop: int, n_before: int) -> None:
-    """Sum a unit's projections, each weighed by its temporal factor around every column of [start, stop)."""
-    stop = whole_vectors(start, stop)
-    out = window.scores[u, start:stop]
-    out[:] = _ZERO
-    for r in range(t.temporal.shape[1]):
-        convolve(window.lines[u, r, start - n_before : stop - n_before + t.temporal.shape[2] - 1], t.temporal[u, r], out)
+def mark(scores: Floats, least: np.float32, start: int, stop: int, tall: Any) -> int:
+    """Mark the columns of [start, stop) with a score of more than `least`; return the one after the last of them, or 0."""
+    until = 0
+    for s in range(start, stop):
+        if scores[s] > least:
+            tall[s], until = True, s + 1
+    return until
 
 
 @kernel
@@ -130,8 +188,8 @@ def convolve(line: Floats, taps: Floats, out: Floats) -> None:
 
 
 @kernel
-def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, computed: int, spans: Tuple) -> int:
-    """Decide the columns [first, stop) one after the other; return how many spikes were found.
+def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, computed: int, n_found: int, spans: Tuple) -> int:
+    """Decide the columns [first, stop) one after the other; return how many spikes are found now, `n_found` having been before.
 
     At each column the unit that gains most, above its threshold and above all rivals within `spans.sweep` columns, is subtracted,
     and the last `spans.look_back` columns are looked at again, and as many before it, until nothing is found or `spans.rounds` are
@@ -139,11 +197,12 @@ def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, comp
     or for `spans.patience` columns. Scores are known up to column `computed`. The spikes go to `window.found`, `window.amplitude`,
     `window.gain` and `window.runner_up`; `window.through` is left at the column before which none is found any more.
     """
-    n_found = 0
     for s in range(first, stop):
         late = s - spans.patience
         look_from, reach = window.through[0] if window.deferred[late] else s, s - spans.look_back
         for _ in range(spans.rounds):
+            if not window.tall[look_from : s + 1].any():
+                break
             u, column, gain = best_spike(window, t, threshold, look_from, reach, s, spans)
             if u < 0:
                 break
@@ -156,25 +215,22 @@ def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, comp
             accept(window, t, u, column, gain, n_found, spans)
             low = max(column - t.temporal.shape[2] + 1, window.through[0] - spans.sweep - 1)
             high = min(column + t.shifted.shape[2], computed)
-            for v in t.rivals[u]:
-                if v < 0:
-                    break
-                score_unit(window, t, v, low, high, spans.n_before)
+            score(window, t, t.rivals[u], column - spans.n_before, low, high, spans.n_before)
             n_found += 1
             reach = min(reach, column - spans.look_back)
             look_from = window.through[0]
         window.deferred[late] = False
-        move_through(window, s, spans.look_back)
+        move_through(window.through, window.deferred, s, spans.look_back)
     return n_found
 
 
 @kernel
-def move_through(window: Tuple, now: int, look_back: int) -> None:
-    """Move `window.through` on to `look_back` columns before what is not decided at `now`; it has never gone further."""
-    through = window.through[0]
-    while through + look_back <= now and not (window.deferred[through] or window.deferred[through + look_back]):
-        through += 1
-    window.through[0] = through
+def move_through(through: Any, deferred: Any, now: int, look_back: int) -> None:
+    """Move `through` on to `look_back` columns before what is not decided at `now`; it has never gone further."""
+    column = through[0]
+    while column + look_back <= now and not (deferred[column] or deferred[column + look_back]):
+        column += 1
+    through[0] = column
 
 
 @kernel
@@ -185,6 +241,8 @@ def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, reach: in
     """
     best, best_column, best_gain = -1, -1, _ZERO
     for u in range(len(t.energy)):
+        if window.until[u] <= first:
+            continue
         for c in range(first, now + 1):
             if c < reach and not window.deferred[c]:
                 continue
@@ -441,7 +499,8 @@ def accept(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, row: 
             for v in t.rivals[u]:
                 collision |= v == window.recent[i, 0]
     for i in range(len(window.recent) - 1, 0, -1):
-        window.recent[i] = window.recent[i - 1]
+        for j in range(3):
+            window.recent[i, j] = window.recent[i - 1, j]
         window.recent_amplitude[i] = window.recent_amplitude[i - 1]
     window.recent[0, 0], window.recent[0, 1], window.recent[0, 2] = u, column, shift
     window.recent_amplitude[0] = a
