@@ -8,6 +8,8 @@ and one that does not is averaged over hundreds of spikes. Templates change at t
 each, those with most news first.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr
@@ -25,6 +27,9 @@ _EAGERNESS = 0.5  # by e to this the speed changes when two errors are the same
 _LARGE = 12  # channels on which errors are compared; the others are mostly noise
 _SURE = 16.0  # gain over the next best unit's: what is hardly its own teaches a unit to be its neighbour, above all a silent one
 _LARGE_SPIKE = 2.0  # standard deviations of amplitude: a larger one may be that of a neighbour which has lost its template
+# A unit's own spread of sizes tells two units apart that differ in size alone. The usual one counts as so many spikes, the unit's
+# are averaged over so many, and a template that is never quite right makes any unit seem to vary by so much.
+_USUAL_SPREAD, _SPREAD_SPIKES, _LEAST_SPREAD = 30, 300, 0.06
 _RATE_S = 60.0  # firing rates are averaged over so long
 _LOWEST_HZ, _HIGHEST_HZ = 0.2, 20.0
 _MOST_OFFSET = 3  # samples
@@ -36,6 +41,9 @@ _DOUBT_S, _BLUR, _EXCHANGED = 20.0, 0.02, 2.0
 _LEAST_MOVE_UM = 1.0  # smaller moves wait: the estimate of the displacement trembles by as much
 _NEWS_PER_UM = 0.1  # as much as a tenth of an error learned
 
+_COLUMNS = (
+    "means", "n_spikes", "rates_hz", "_news", "_owed_um", "_taught", "_moved_um", "_speed", "_error", "_variance", "_n_sizes",
+)  # fmt: skip
 MOST_REMADE = 4  # templates at a learning boundary, 0.5 to 1 ms each
 
 
@@ -71,7 +79,7 @@ class Bank:
         rates_hz: NDArray[np.float64],
         sampling_frequency: float,
     ) -> None:
-        self._maker, self._rate, self._tightness, self._n_before = maker, sampling_frequency, maker.tightness, maker.n_before
+        self._maker, self._rate, self._n_before = maker, sampling_frequency, maker.n_before
         around = np.array([maker.around(mean) for mean in means], np.int32).reshape(len(means), maker.n_known)
         self.means: Floats = np.take_along_axis(means.transpose(0, 2, 1), around[:, :, None], axis=1).copy()
         self.n_spikes, self.rates_hz = n_spikes.copy(), rates_hz.astype(np.float64)
@@ -81,6 +89,7 @@ class Bank:
         self._taught, self._moved_um = self.means.copy(), np.zeros(len(means))  # of those moved: as last taught, and how far since
         t = self.templates
         self._speed = np.full(len(means), _FIRST)
+        self._variance, self._n_sizes = np.full(len(means), 1 / maker.tightness), np.full(len(means), _USUAL_SPREAD)  # of sizes
         self._error: Floats = np.zeros((len(means), min(_LARGE, t.channels.shape[1]), t.filters.shape[1]), np.float32)
         self._expected, self._doubt_s = self.templates, 0.0  # what the last jump made of the units, and how long that still counts
 
@@ -106,6 +115,8 @@ class Bank:
         self._news, self._owed_um = np.append(self._news, 0.0), np.append(self._owed_um, 0.0)
         self._taught, self._moved_um = np.concatenate([self._taught, mean[None]]), np.append(self._moved_um, 0.0)
         self._speed = np.append(self._speed, _FIRST)
+        self._variance = np.append(self._variance, 1 / self._maker.tightness)
+        self._n_sizes = np.append(self._n_sizes, _USUAL_SPREAD)
         self._error = np.pad(self._error, ((0, 1), (0, 0), (0, 0)))
         new = self._maker(mean.T[None], self.n_spikes[-1:], around[None])
         self.templates = self._maker.related(self.templates.joined(new), [len(self) - 1])
@@ -142,18 +153,21 @@ class Bank:
 
     def keep(self, rows: list[int]) -> None:
         """Keep these rows alone, in this order."""
-        for name in ("means", "n_spikes", "rates_hz", "_news", "_owed_um", "_taught", "_moved_um", "_speed", "_error"):
+        for name in _COLUMNS:
             setattr(self, name, getattr(self, name)[rows])
         self._doubt_s = 0.0
         self.templates = self._maker(self.means.transpose(0, 2, 1), self.n_spikes, self.templates.around[rows])
+        self.templates.tightness[:] = self._tightness()
 
     def reset(self, row: int, mean: Floats, n_spikes: int) -> None:
         """Give a unit another mean snippet (n_whole, n_channels), of how many spikes."""
         around = self._maker.around(mean)
         self.means[row], self.n_spikes[row] = mean.T[around], n_spikes
         self._owed_um[row], self._speed[row], self._error[row] = 0.0, _FIRST, 0.0
+        self._vary_as_usual([row])
         self._moved_um[row] = 0
         self._maker.put(self.templates, row, self.means[row].T, n_spikes, around)
+        self.templates.tightness[row] = self._tightness()[row]
         self.templates = self._maker.related(self.templates, [row])
 
     def move(self, displacement_um: NDArray[np.float64], near: NDArray[np.int32], channel_locations: NDArray[np.float64]) -> None:
@@ -192,6 +206,7 @@ class Bank:
         self.move(displacement_um, near, channel_locations)
         self.n_spikes = np.minimum(self.n_spikes, _AFTER_JUMP)
         self._error[:] = 0
+        self._vary_as_usual(slice(None))
         self.remake(len(self))
         self._expected, self._doubt_s = self.templates.copied(), _DOUBT_S
 
@@ -222,11 +237,13 @@ class Bank:
         known = (channels == self.templates.around[matches["row"]]).all(axis=1)
         chosen = np.flatnonzero(self._alone(matches) & self._own(matches) & known)
         row = matches["row"][chosen].astype(np.int64)
+        size = self._size(row, matches["amplitude"][chosen])
         teach(
-            snippets, chosen, row, self._too_large(row, matches["amplitude"][chosen]), self.templates,
+            snippets, chosen, row, self._too_large(row, size), self.templates,
             (_SLOWEST, _FASTEST, _EAGERNESS), self.n_spikes, self._speed, self._news, self.means, self._error,
         )  # fmt: skip
         self._moved_um[row] = 0
+        self._see_sizes(row, size)
 
     def _exchange(self) -> int:
         """Give two units that took each other's places after a jump their own again; return how many templates are to be remade.
@@ -244,7 +261,7 @@ class Bank:
         pair = list(np.unravel_index(ratio.argmax(), ratio.shape))
         if ratio.max() < _EXCHANGED:
             return 0
-        names = ("means", "n_spikes", "_owed_um", "_taught", "_moved_um", "_speed", "_error")
+        names = [name for name in _COLUMNS if name not in ("rates_hz", "_news")]
         for column in (self.templates.around, self.templates.channels, *(getattr(self, name) for name in names)):
             column[pair] = column[pair[::-1]]
         self._news[pair] = np.inf
@@ -254,7 +271,7 @@ class Bank:
         """Tell which spikes are surely of their unit: most of it is there, and one that is too large fits no other unit as well."""
         gain, rival = matches["gain"], matches["runner_up"]
         complete = (gain > _TIMELY * self.templates.energy[matches["row"]]) & (gain - rival > _SURE)
-        large = matches["amplitude"] > 1 + _LARGE_SPIKE / np.sqrt(self._tightness)
+        large = matches["amplitude"] > 1 + _LARGE_SPIKE / np.sqrt(self.templates.tightness[matches["row"]])
         own: NDArray[np.bool_] = complete & ~(large & (rival > _TIMELY * gain))
         return own
 
@@ -273,14 +290,33 @@ class Bank:
         hazard = np.exp(-(least**2) / 2) / np.sqrt(2 * np.pi) / np.maximum(ndtr(-least), 1e-6)
         return np.asarray(1 + hazard / np.sqrt(energy))
 
-    def _too_large(self, row: NDArray[np.int64], amplitude: Floats) -> Floats:
+    def _size(self, row: NDArray[np.int64], amplitude: Floats) -> NDArray[np.float64]:
+        """Return the score of spikes over their units' energy: their amplitude, were it not drawn to 1."""
+        energy, tightness = (column[row].astype(np.float64) for column in (self.templates.energy, self.templates.tightness))
+        size: NDArray[np.float64] = (amplitude * (energy + tightness) - tightness) / energy
+        return size
+
+    def _see_sizes(self, row: NDArray[np.int64], size: NDArray[np.float64]) -> None:
+        """Let the units' spread of sizes follow their spikes; what noise adds to it is taken off."""
+        n_new = np.bincount(row, minlength=len(self))
+        total = np.bincount(row, (size - 1) ** 2 - 1 / self.templates.energy[row], len(self))
+        self._n_sizes = np.minimum(self._n_sizes + n_new, np.maximum(_SPREAD_SPIKES, n_new))
+        self._variance += (total - n_new * self._variance) / self._n_sizes
+
+    def _vary_as_usual(self, rows: Any) -> None:
+        """Take the units to vary in size as most do."""
+        self._variance[rows], self._n_sizes[rows] = 1 / self._maker.tightness, _USUAL_SPREAD
+
+    def _tightness(self) -> NDArray[np.float64]:
+        tightness: NDArray[np.float64] = 1 / np.maximum(self._variance, _LEAST_SPREAD**2)
+        return tightness
+
+    def _too_large(self, row: NDArray[np.int64], size: NDArray[np.float64]) -> Floats:
         """Return how much of its template each spike owes to having passed the threshold.
 
         Taught with that, a weak unit would learn from its largest spikes, grow, pass fewer, and be lost.
         """
-        energy = self.templates.energy[row].astype(np.float64)
-        score = amplitude * (energy + self._tightness) - self._tightness
-        too_large: Floats = (score / energy * (1 - 1 / self._expected_amplitude()[row])).astype(np.float32)
+        too_large: Floats = (size * (1 - 1 / self._expected_amplitude()[row])).astype(np.float32)
         return too_large
 
     def remake(self, n_most: int) -> bool:
@@ -313,6 +349,7 @@ class Bank:
         channels = self.templates.channels[row, : self._error.shape[1]]
         before = channels.copy()
         self._maker.put(self.templates, row, self.means[row].T, int(self.n_spikes[row]), self.templates.around[row])
+        self.templates.tightness[row] = self._tightness()[row]
         same = (channels[:, None] == before) & (channels[:, None] >= 0)
         self._error[row] = same.astype(np.float32) @ self._error[row]
 

@@ -147,7 +147,7 @@ class MatchConfig:
     sweep_ms: float = 0.13  # of two rivals within this, the one that explains more is subtracted first
     refractory_ms: float = 1.0  # a unit does not fire twice within this
     rounds: int = 6  # overlapping spikes looked for at one place
-    amplitude_spread: float = 0.13  # standard deviation of a spike's size over its unit's
+    amplitude_spread: float = 0.13  # standard deviation of a spike's size over its unit's, until the unit has shown its own
     tolerance: float = 0.2  # of a subtracted spike, so much may be left and is not taken for another
 
     def __post_init__(self) -> None:

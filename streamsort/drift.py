@@ -11,6 +11,8 @@ from typing import NamedTuple
 from river.drift import ADWIN
 
 _DELTA = 1e-4  # chance of a false alarm per look; a hundred units for an hour should raise none
+# Of thousands of spikes ADWIN notes changes that concern nobody: below a standard deviation of distance, or so much of a height.
+_LEAST_DISTANCE, _LEAST_HEIGHT = 1.0, 0.05
 
 
 class Alarm(NamedTuple):
@@ -45,7 +47,9 @@ class DriftWatch:
     def update(self, distances: Iterable[float], amplitudes: Iterable[float]) -> Alarm | None:
         """Take some spikes' distances and heights (noise units) in; say what changed, if anything did. Distances weigh more."""
         far, high = _watch("distance", self._distance, distances), _watch("amplitude", self._amplitude, amplitudes)
-        return far or high
+        if far is not None and abs(far.after - far.before) >= _LEAST_DISTANCE:
+            return far
+        return high if high is not None and abs(high.after - high.before) >= _LEAST_HEIGHT * abs(high.before) else None
 
 
 def _watch(what: str, window: ADWIN, values: Iterable[float]) -> Alarm | None:

@@ -78,7 +78,6 @@ class Spans(NamedTuple):
     n_whole: int
     patience: int
     rounds: int
-    tightness: np.float32
     tolerance: np.float32
 
 
@@ -325,7 +324,6 @@ def sizes(config: MatchConfig, sampling_frequency: float) -> tuple[int, int, Spa
         n_whole=n_before + max(samples(config.ms_tail), n_after + 1),
         patience=n_before + n_after,
         rounds=config.rounds,
-        tightness=np.float32(config.amplitude_spread**-2),
         tolerance=np.float32(config.tolerance),
     )
     return n_before, n_after, spans

@@ -32,9 +32,12 @@ _LEAST_ENERGY = 14.0  # nearer to the noise a unit's spikes are mostly noise
 # A unit with more of its spikes this near those of larger units, beyond chance, is their leftovers; a strong one if nearly all are.
 # Units far away leave something too: the common reference carries it to all channels.
 _ECHO_MS, _FAR_ECHO_MS, _MOST_ECHOES, _ALL_ECHOES, _STRONG = 2.5, 1.0, 0.35, 0.75, 100.0
+_APART_MS = 0.33  # at most, of a spike that is taken for two
 _BEYOND_CHANCE = 4.0  # standard deviations
 _LEAST_EXCESS = 3.5  # of the mean gain over the threshold; noise has 2.3
 _SAME = 16.0, 0.98  # squared distance beyond that of noise, or cosine, at which two templates are one unit
+_DOUBTFUL, _ONE_HILL = 40.0, 0.6  # up to so much further apart two are one if there is no deeper a valley between them
+_BURST_SIZE = 2.5  # the spikes of one neuron differ by less, however it bursts
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
 _HANDOVER_LIKENESS, _HANDOVER_SHARED, _BIN_S = 0.85, 0.5, 2.0
 _SPLIT_RATIO, _SPLIT_DISTANCE, _SPLIT_COSINE = 0.4, 4.0, 0.97
@@ -147,8 +150,8 @@ class Refine:
         self._seconds = sum(len(traces) for _, traces in stretches) / sampling_frequency
         self._near = probe.neighbors(config.match.radius_um)
         self._latest = np.zeros(0, MATCH_DTYPE)
-        self._echo_samples, self._far_echo_samples, self._burst_samples = (
-            round(ms * sampling_frequency / 1000) for ms in (_ECHO_MS, _FAR_ECHO_MS, _BURST_MS)
+        self._echo_samples, self._far_echo_samples, self._apart_samples, self._burst_samples = (
+            round(ms * sampling_frequency / 1000) for ms in (_ECHO_MS, _FAR_ECHO_MS, _APART_MS, _BURST_MS)
         )
 
     def __call__(self, seeds: Seeds) -> tuple[Bank, NDArray[np.void]]:
@@ -157,20 +160,27 @@ class Refine:
         rates, n_spikes = np.zeros(0), np.zeros(0, np.int64)
         for k in range(_ROUNDS):
             done = self._pass(means, rates, n_spikes, discovering=k < _ROUNDS_DISCOVERING, seeds=seeds if k == 0 else None)
-            kept, counts = self._judge(done)
+            kept, trains = self._judge(done)
+            halves = self._halves(done, kept, trains)
             parts = {row: self._parts(done, row) for row in kept} if k < _ROUNDS_SPLITTING else {}
             groups = self._discover.groups(_GROUP_SPIKES, self._config.cluster, self._config.seed)
-            if not groups and len(kept) == len(counts) and all(len(part) < 2 for part in parts.values()) and k > 0:
+            whole = not halves and all(len(part) < 2 for part in parts.values())
+            if whole and not groups and len(kept) == len(trains) and k > 0:
                 break
             if k < _ROUNDS - 1:
-                means, rates, n_spikes = self._next(done, kept, counts, parts, groups)
+                means, rates, n_spikes = self._next(done, kept, parts, halves, groups)
         done.bank.keep(kept)
         matches = done.matches[np.isin(done.matches["row"], kept)]
         matches["row"] = np.searchsorted(kept, matches["row"])
         return done.bank, matches
 
     def _next(
-        self, done: _Pass, kept: list[int], counts: Ints, parts: dict[int, list[NDArray[np.bool_]]], groups: list[Group]
+        self,
+        done: _Pass,
+        kept: list[int],
+        parts: dict[int, list[NDArray[np.bool_]]],
+        halves: dict[int, Floats],
+        groups: list[Group],
     ) -> tuple[Floats, NDArray[np.float64], Ints]:
         """Gather what the next pass starts with."""
         means, rates, n_spikes = [], [], []
@@ -178,9 +188,9 @@ class Refine:
             for members in parts.get(row) or [np.ones(len(done.snippets[row]), bool)]:
                 n_early = np.clip(_EARLY_ENERGY / done.bank.templates.energy[row], _EARLY_SPIKES, _MOST_SNIPPETS)
                 early = members & (np.cumsum(members) <= n_early)
-                means.append(done.mean(row, early))
+                means.append(done.mean(row, early) + halves.get(row, np.float32(0)))
                 n_spikes.append(int(early.sum()))
-                rates.append(counts[row] / self._seconds * members.mean())
+                rates.append((done.matches["row"] == row).sum() / self._seconds * members.mean())
         means += [group.mean for group in groups]
         n_spikes += [group.n_spikes for group in groups]
         rates += [group.n_spikes / self._seconds for group in groups]
@@ -253,8 +263,8 @@ class Refine:
             self._discover.look(residual, n_samples, n_samples + stop - looked, busy)
         return stop
 
-    def _judge(self, done: _Pass) -> tuple[list[int], Ints]:
-        """Return the rows of the units that hold their own, and how many spikes each row has."""
+    def _judge(self, done: _Pass) -> tuple[list[int], list[Ints]]:
+        """Return the rows of the units that hold their own, and when each row fired."""
         templates, threshold = done.bank.templates, done.bank.threshold
         n_units = templates.n_units
         counts = np.bincount(done.matches["row"], minlength=n_units)
@@ -268,7 +278,23 @@ class Refine:
             most = _MOST_ECHOES if templates.energy[row] < _STRONG else _ALL_ECHOES
             if good[row] and len(done.snippets[row]) > 1 and self._echoes(trains[row], larger) <= most:
                 kept.append(row)
-        return self._distinct(done, kept, trains), counts
+        return self._distinct(done, kept, trains), trains
+
+    def _halves(self, done: _Pass, kept: list[int], trains: list[Ints]) -> dict[int, Floats]:
+        """Return what is missing of the rows that never fire alone, (n_whole, n_channels).
+
+        Of a spike that is taken for two at once the larger row learns what the smaller one leaves, and would be so for ever after.
+        """
+        templates, missing = done.bank.templates, {}
+        for row in kept:
+            for other in kept:
+                if templates.energy[other] >= templates.energy[row] or other not in templates.rivals[row]:
+                    continue
+                if self._echoes(trains[row], [(trains[other], self._apart_samples)]) > _ALL_ECHOES:
+                    nearest = np.abs(trains[row][:, None] - trains[other]).argmin(axis=1)
+                    late = int(np.median(trains[other][nearest] - trains[row]))
+                    missing[row] = np.roll(done.bank.mean(other), late, axis=0)
+        return missing
 
     def _distinct(self, done: _Pass, kept: list[int], trains: list[Ints]) -> list[int]:
         """Leave one of each set of rows that are the same unit: the one that fires first, which will be followed through."""
@@ -291,7 +317,26 @@ class Refine:
         # What noise adds to the energy of a mean of n snippets: 1/n for each number that a template is made of.
         n_numbers = self._config.match.n_ranks * (self._n_samples + int((templates.channels[a] >= 0).sum()))
         noise = n_numbers * float((1 / done.bank.worth[[a, b]]).sum())
-        return sum(energies) - 2 * product < _SAME[0] + noise or product > _SAME[1] * float(np.sqrt(energies[0] * energies[1]))
+        if product > _SAME[1] * float(np.sqrt(energies[0] * energies[1])) and max(energies) < _BURST_SIZE**2 * min(energies):
+            return True
+        apart = sum(energies) - 2 * product - noise
+        return apart < _SAME[0] or (apart < _DOUBTFUL and self._one_hill(done, a, b))
+
+    def _one_hill(self, done: _Pass, a: int, b: int) -> bool:
+        """Tell whether two rows' spikes are one hill along the axis between them: each has learned those that are most like it."""
+        channels = np.intersect1d(done.channels[a], done.channels[b])
+        channels = channels[(done.bank.templates.place[[a, b]][:, channels] >= 0).all(axis=0)]
+        parts = [self._whitened(done, row, channels) for row in (a, b)]
+        second = np.repeat([False, True], [len(part) for part in parts])
+        return _held_out_ratio(np.concatenate(parts), second) > _ONE_HILL
+
+    def _whitened(self, done: _Pass, row: int, channels: NDArray[np.int32]) -> Floats:
+        """Return a row's snippets on some of the channels near it, whitened, (n_snippets, n_numbers)."""
+        columns = np.nonzero(channels[:, None] == done.channels[row])[1]
+        snippets = np.array(done.snippets[row])[:, : self._n_samples, columns]
+        white = np.einsum("ntk,tj,kl->njl", snippets, self._noise.time_root, self._noise.space_root(channels), optimize=True)
+        whitened: Floats = white.reshape(len(white), -1)
+        return whitened
 
     def _shared_time(self, a: Ints, b: Ints) -> float:
         """Return how much of the rarer unit's firing falls where the other fires as usual; near 1 for two neurons."""
@@ -311,14 +356,8 @@ class Refine:
 
     def _parts(self, done: _Pass, row: int) -> list[NDArray[np.bool_]]:
         """Return masks of the two units that one row's spikes are of, or of one."""
-        snippets = np.array(done.snippets[row])
-        everything = [np.ones(len(snippets), bool)]
-        templates = done.bank.templates
-        channels = templates.channels[row][templates.channels[row] >= 0]
-        columns = np.flatnonzero(np.isin(done.channels[row], channels))
-        root = self._noise.space_root(done.channels[row][columns])
-        white = np.einsum("ntk,tj,kl->njl", snippets[:, : self._n_samples, columns], self._noise.time_root, root, optimize=True)
-        white = white.reshape(len(white), -1)
+        white = self._whitened(done, row, np.intersect1d(done.channels[row], done.bank.templates.channels[row]))
+        everything = [np.ones(len(white), bool)]
         centred = white - white.mean(axis=0)
         values, vectors = np.linalg.eigh(centred @ centred.T)
         scores = vectors[:, ::-1][:, :4] * np.sqrt(np.maximum(values[::-1][:4], 0))
@@ -330,7 +369,7 @@ class Refine:
             cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
             apart = np.linalg.norm(scores[second].mean(axis=0) - scores[~second].mean(axis=0))
             ratio = valley_ratio(scores[~second].astype(np.float32), scores[second].astype(np.float32))
-            clear = ratio < _SPLIT_RATIO and apart > _SPLIT_DISTANCE and _interleaved(second)
+            clear = max(ratio, _held_out_ratio(white, second)) < _SPLIT_RATIO and apart > _SPLIT_DISTANCE and _interleaved(second)
             if clear and (cosine < _SPLIT_COSINE or (cosine < _SAME[1] and not self._bursts(done, row, second == (b @ b < a @ a)))):
                 return [~second, second]
         return everything
@@ -352,6 +391,22 @@ def _two_means(x: NDArray[np.float64], second: NDArray[np.bool_], n_iterations: 
             break
         second = nearer
     return second
+
+
+def _held_out_ratio(white: Floats, second: NDArray[np.bool_]) -> float:
+    """Tell how deep the valley between two parts is where each half of the snippets lies on the axis that the other half draws.
+
+    Among so many numbers there is always an axis along which the snippets that drew it seem to fall in two.
+    """
+    along = np.empty(len(white), np.float32)
+    even = np.where(second, np.cumsum(second), np.cumsum(~second)) % 2 == 0  # of each part every other
+    for half in (even, ~even):
+        a, b = (white[part & ~half].mean(axis=0) for part in (~second, second))
+        along[half] = (white[half] - (a + b) / 2) @ (b - a)
+    above = along > 0
+    if above.all() or not above.any():
+        return 1.0
+    return valley_ratio(along[~above, None], along[above, None])
 
 
 def _interleaved(second: NDArray[np.bool_]) -> bool:

@@ -52,6 +52,8 @@ class Templates(NamedTuple):
         Mean of a spike's score, and variance of noise's.
     height : ndarray, shape (n_units,), float32
         Largest deflection, noise units.
+    tightness : ndarray, shape (n_units,), float32
+        One over the variance of a spike's size over the template's.
     response : ndarray, shape (n_units, N_SHIFTS, 3), float32
         Scores one sample before, at, and after each shifted template: what tells by how much a spike is shifted.
     around : ndarray, shape (n_units, n_known), int32
@@ -70,6 +72,7 @@ class Templates(NamedTuple):
     shifted: Floats
     energy: Floats
     height: Floats
+    tightness: Floats
     response: Floats
     around: Ints
     version: Ints
@@ -171,6 +174,7 @@ class TemplateMaker:
             shifted=np.zeros((n_units, N_SHIFTS, n_whole, n_neighbors), np.float32),
             energy=np.zeros(n_units, np.float32),
             height=np.zeros(n_units, np.float32),
+            tightness=np.full(n_units, self.tightness, np.float32),
             response=np.zeros((n_units, N_SHIFTS, 3), np.float32),
             around=np.zeros((n_units, n_known), np.int32),
             version=np.zeros(n_units, np.int32),

@@ -82,7 +82,7 @@ class Peeler:
         return score_at(self.residual, self.filters[unit], column, int(self.spans.n_before))
 
     def gain(self, unit: int, score: float) -> float:
-        return best_amplitude(score, float(self.t.energy[unit]), float(self.spans.tightness), self.limits)[1]
+        return best_amplitude(score, float(self.t.energy[unit]), float(self.t.tightness[unit]), self.limits)[1]
 
     def times(self, unit: int) -> list[int]:
         """When a unit fired, as far as is known."""
@@ -130,7 +130,7 @@ class Peeler:
             scale = here / response[1]
             misses.append((before - scale * response[0]) ** 2 + (after - scale * response[2]) ** 2)
         shift, energy = int(np.argmin(misses)), float(self.t.energy[unit])
-        amplitude, _ = best_amplitude(here * energy / responses[shift, 1], energy, float(self.spans.tightness), self.limits)
+        amplitude, _ = best_amplitude(here * energy / responses[shift, 1], energy, float(self.t.tightness[unit]), self.limits)
         wave = np.zeros((self.t.shifted.shape[2], len(self.residual)))
         for k, channel in enumerate(self.t.channels[unit]):
             if channel >= 0:
@@ -173,8 +173,8 @@ class Peeler:
 
     def two_at_once(self, unit: int, column: int, now: int) -> tuple[int, int, list[float], float] | None:
         """Find two spikes that together explain more than this one: the larger, what the other adds around it, by how much."""
-        tightness, alone = float(self.spans.tightness), self.score(unit, column)
-        amplitude, one = best_amplitude(alone, float(self.t.energy[unit]), tightness, self.limits)
+        alone = self.score(unit, column)
+        amplitude, one = best_amplitude(alone, float(self.t.energy[unit]), float(self.t.tightness[unit]), self.limits)
         if amplitude < self.limits.sum:
             return None
         best, lead = None, 0.0
@@ -189,8 +189,9 @@ class Peeler:
                     continue
                 shared = self.seen(large, small, at[0] - at[1])
                 square = np.array([[energy[0], shared], [shared, energy[1]]])
-                both = np.linalg.solve(square + tightness * np.eye(2), y + tightness)
-                gain = float(2 * both @ y - both @ square @ both - tightness * ((both - 1) ** 2).sum())
+                tightness = self.t.tightness[[large, small]].astype(float)
+                both = np.linalg.solve(square + np.diag(tightness), y + tightness)
+                gain = float(2 * both @ y - both @ square @ both - tightness @ (both - 1) ** 2)
                 usual = both.min() >= self.limits.least and both.max() <= self.limits.most
                 if usual and gain - self.threshold[small] - one > lead:
                     lead = gain - float(self.threshold[small]) - one

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scenes import CONFIG, N_BEFORE, N_SAMPLES, N_WHOLE, RATE, SPANS, Cell, Event, add_spikes, maker, mean_snippets
+from scenes import CONFIG, N_BEFORE, N_SAMPLES, N_WHOLE, RATE, Cell, Event, add_spikes, maker, mean_snippets
 
 from streamsort.bank import Bank
 from streamsort.kernels.match import amplitude_of, gain_of
@@ -34,8 +34,8 @@ def matched(bank: Bank, rows: Sequence[int], snippets: Floats, apart: int = 1000
     for match, row, snippet in zip(matches, rows, snippets, strict=True):
         channels = t.channels[row][t.channels[row] >= 0]
         score = np.float32((snippet[:N_SAMPLES, channels] * t.filters[row][:, : len(channels)]).sum())
-        match["amplitude"] = amplitude_of(score, t.energy[row], SPANS.tightness)
-        match["gain"] = gain_of(score, t.energy[row], SPANS.tightness)
+        match["amplitude"] = amplitude_of(score, t.energy[row], t.tightness[row])
+        match["gain"] = gain_of(score, t.energy[row], t.tightness[row])
     return matches
 
 
@@ -86,6 +86,18 @@ def test_a_unit_that_shrinks_is_followed(rng: np.random.Generator) -> None:
     for size in np.linspace(1, 0.6, 400):
         taught(bank, 1, noisy(np.float32(size) * mean, 2, rng))
     assert off(bank.mean(1), np.float32(0.6) * mean) < 0.1 < off(bank.mean(1), mean)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1])
+def test_how_much_sizes_vary_is_learned_and_taken_as_usual_after_a_jump(spread: float, rng: np.random.Generator) -> None:
+    bank, near = bank_of(CELLS), PROBE.neighbors(1000.0)
+    usual = bank.templates.tightness[0]
+    assert usual == pytest.approx(CONFIG.amplitude_spread**-2)
+    taught(bank, 0, noisy(CELLS[0].at(PROBE), 900, rng, spread), per_period=7)
+    assert bank.templates.tightness[0] ** -0.5 == pytest.approx(max(spread, 0.06), rel=0.15)
+    assert bank.templates.tightness[1] == usual
+    bank.jump(np.full(3, 5.0), near, PROBE.channel_locations)
+    assert (bank.templates.tightness == usual).all()
 
 
 def test_a_tail_is_learned_though_it_is_not_matched(rng: np.random.Generator) -> None:

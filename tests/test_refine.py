@@ -136,6 +136,46 @@ def test_sizes_alone_tell_two_neurons_unless_the_small_follow_the_large(burst: b
         assert_exactly_these(bank, matches, scene.trains, 0.85)
 
 
+def test_a_quarter_of_a_units_size_is_another_neuron() -> None:
+    """No burst makes spikes so much smaller."""
+    scene = Scene().add(always(Cell(24.0, 30.0, 20.0)), always(0)).add(always(Cell(6.0, 30.0, 20.0)), always(1))
+    assert_exactly_these(*scene.refined(), scene.trains, 0.9)
+
+
+def test_a_row_that_never_fires_alone_is_given_what_fires_with_it() -> None:
+    """So the halves of spikes that were taken for two become one again; what meets by chance does not."""
+    rng = np.random.default_rng(6)
+    halves = np.sort(rng.integers(0, N_LENGTH, 100))
+    others, third = (np.sort(rng.integers(0, N_LENGTH, 300)) for _ in range(2))
+    trains = [halves, np.sort(np.concatenate([halves + 2, others])), third]
+    bank = Bank(maker(PROBE), mean_snippets([LARGE, BROAD, FAINT], PROBE), np.full(3, 200), np.full(3, 5.0), RATE)
+    refine = Refine(CONFIG, PROBE, white(PROBE.n_channels), SHAPES, [(0, np.zeros((N_LENGTH, 1), np.float32))], RATE)
+    done = _Pass(bank, np.zeros(0, MATCH_DTYPE), [], [], [], np.zeros((3, 3)))
+    missing = refine._halves(done, [0, 1, 2], trains)
+    assert list(missing) == [0]
+    np.testing.assert_array_equal(missing[0][2:], BROAD.at(PROBE)[:-2].astype(np.float32))
+
+
+@pytest.mark.parametrize("neurons", [1, 2])
+def test_rows_between_which_there_is_no_valley_are_one(neurons: int) -> None:
+    """The spikes of one neuron, each with the row it is more like; and those of two, no further apart than such rows seem to be."""
+    rng = np.random.default_rng(7)
+    mean, other = (Cell(4.5, 30.0, 40.0, width=width).at(PROBE) for width in (2.2, 3.2))
+    spikes = (mean + rng.normal(size=(400, *mean.shape))).astype(np.float32)
+    second = np.arange(400) % 2 == 0
+    if neurons == 1:
+        axis = rng.normal(size=mean.shape)
+        second = ((spikes - mean) * axis).sum(axis=(1, 2)) > 0
+    else:
+        spikes[second] += other - mean
+    snippets = [list(spikes[~second]), list(spikes[second])]
+    means = np.array([np.mean(part, axis=0) for part in snippets], np.float32)
+    bank = Bank(maker(PROBE), means, np.full(2, 200), np.full(2, 5.0), RATE)
+    refine = Refine(CONFIG, PROBE, white(PROBE.n_channels), SHAPES, [(0, np.zeros((N_LENGTH, 1), np.float32))], RATE)
+    done = _Pass(bank, np.zeros(0, MATCH_DTYPE), [np.arange(4, dtype=np.int32)] * 2, snippets, [], np.zeros((2, 2)))
+    assert refine._one_hill(done, 0, 1) == (neurons == 1)
+
+
 def test_an_echo_is_no_unit() -> None:
     """What follows a unit's spikes at a fixed lag is part of them, however well it is clustered."""
     scene = Scene().add(always(LARGE), always(0))

@@ -209,7 +209,7 @@ def peel(window: Tuple, t: Tuple, threshold: Floats, first: int, stop: int, comp
             other = runner_up(window, t, u, column, spans)
             u, column, lead = take_apart(window, t, threshold, u, column, s, spans)
             if lead > _ZERO:
-                gain = gain_of(window.scores[u, column], t.energy[u], spans.tightness)
+                gain = gain_of(window.scores[u, column], t.energy[u], t.tightness[u])
                 other = gain - lead
             window.runner_up[n_found] = other
             accept(window, t, u, column, gain, n_found, spans)
@@ -252,7 +252,7 @@ def best_spike(window: Tuple, t: Tuple, threshold: Floats, first: int, reach: in
             before, after = window.scores[u, c - 1], window.scores[u, c + 1]
             if before > y or after > y:
                 continue
-            gain = gain_of(between(before, y, after), t.energy[u], spans.tightness)
+            gain = gain_of(between(before, y, after), t.energy[u], t.tightness[u])
             if gain <= threshold[u] or gain <= best_gain:
                 continue
             certain = gain - spans.tolerance * misfit(window, t, u, c)
@@ -281,9 +281,9 @@ def take_apart(
     """
     y = window.scores[u, column]
     v, c, w, d, b, lead = u, column, u, column, _ZERO, _ZERO
-    if amplitude_of(y, t.energy[u], spans.tightness) < _SUM:
+    if amplitude_of(y, t.energy[u], t.tightness[u]) < _SUM:
         return v, c, lead
-    one = gain_of(y, t.energy[u], spans.tightness)
+    one = gain_of(y, t.energy[u], t.tightness[u])
     low, high = max(column - spans.apart, window.through[0]), min(column + spans.apart, now + spans.sweep)
     for large in t.rivals[u]:
         for small in t.rivals[u]:
@@ -307,15 +307,15 @@ def best_two(window: Tuple, t: Tuple, v: int, w: int, low: int, high: int, spans
     if window.scores[v, low : high + 1].max() < least_y or window.scores[w, low : high + 1].max() < least_z:
         return best_c, best_d, amplitude, most
     see(window, t, v, w, 2 * spans.apart)
-    e, f = t.energy[v] + spans.tightness, t.energy[w] + spans.tightness
+    e, f = t.energy[v] + t.tightness[v], t.energy[w] + t.tightness[w]
     for c in range(low, high + 1):
         for d in range(low, high + 1):
             y, z, shared = window.scores[v, c], window.scores[w, d], window.seen[c - d + 2 * spans.apart]
             if y < least_y or z < least_z:
                 continue
-            y, z, det = y + spans.tightness, z + spans.tightness, e * f - shared * shared
+            y, z, det = y + t.tightness[v], z + t.tightness[w], e * f - shared * shared
             a, b = (f * y - shared * z) / det, (e * z - shared * y) / det
-            gain = a * y + b * z - _TWO * spans.tightness
+            gain = a * y + b * z - (t.tightness[v] + t.tightness[w])
             usual = min(a, b) >= _LEAST and max(a, b) <= _MOST
             if gain > most and usual and not tired(window, v, c, spans) and not tired(window, w, d, spans):
                 best_c, best_d, amplitude, most = c, d, b, gain
@@ -358,7 +358,7 @@ def premature(window: Tuple, t: Tuple, u: int, column: int, now: int, spans: Tup
     part of a rival of more energy on that one's largest channel.
     """
     shift = shift_of(window.scores[u], column, t.response[u])
-    a = amplitude_of(window.scores[u, column] * t.energy[u] / t.response[u, shift, 1], t.energy[u], spans.tightness)
+    a = amplitude_of(window.scores[u, column] * t.energy[u] / t.response[u, shift, 1], t.energy[u], t.tightness[u])
     n = now + t.filters.shape[1] + spans.sweep - column
     for k in range(min(_CORE, t.channels.shape[1])):
         c = t.channels[u, k]
@@ -425,7 +425,7 @@ def wins(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, spans: 
                 or (v == u and c == column)
             ):
                 continue
-            if gain_of(y, t.energy[v], spans.tightness) > gain:
+            if gain_of(y, t.energy[v], t.tightness[v]) > gain:
                 return False
     return True
 
@@ -442,7 +442,7 @@ def runner_up(window: Tuple, t: Tuple, u: int, column: int, spans: Tuple) -> np.
         for c in range(column - spans.sweep // 2, column + spans.sweep // 2 + 1):
             y = window.scores[v, c]
             if y > _TOO_SMALL * t.energy[v] and y <= _TOO_LARGE * t.energy[v]:
-                best = max(best, gain_of(y, t.energy[v], spans.tightness))
+                best = max(best, gain_of(y, t.energy[v], t.tightness[v]))
     return best
 
 
@@ -486,7 +486,7 @@ def accept(window: Tuple, t: Tuple, u: int, column: int, gain: np.float32, row: 
     """Subtract a spike from the residual and note it, at row `row` of what was found and first among the recent ones."""
     shift = shift_of(window.scores[u], column, t.response[u])
     y = window.scores[u, column] * t.energy[u] / t.response[u, shift, 1]
-    a = amplitude_of(y, t.energy[u], spans.tightness)
+    a = amplitude_of(y, t.energy[u], t.tightness[u])
     for k in range(t.channels.shape[1]):
         c = t.channels[u, k]
         if c < 0:
