@@ -35,6 +35,8 @@ _OVERVIEW = """examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code."""
     args = _parser().parse_args(argv)
+    # Before numpy is there: on matrices as small as ours other threads save nothing, and spin beside the sorter.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         code: int = importlib.import_module(args.module).main(args)
