@@ -37,7 +37,7 @@ _BEYOND_CHANCE = 4.0  # standard deviations
 _LEAST_EXCESS = 3.5  # of the mean gain over the threshold; noise has 2.3
 _SAME = 16.0, 0.98  # squared distance beyond that of noise, or cosine, at which two templates are one unit
 _DOUBTFUL, _ONE_HILL = 40.0, 0.6  # up to so much further apart two are one if there is no deeper a valley between them
-_BURST_SIZE = 2.5  # the spikes of one neuron differ by less, however it bursts
+_MOST_LARGER = 2.5  # times: neither a burst nor the way it went makes one neuron's spikes differ so much
 # Rows whose templates were once so alike, and that fire by turns, are one unit that moved.
 _HANDOVER_LIKENESS, _HANDOVER_SHARED, _BIN_S = 0.85, 0.5, 2.0
 _SPLIT_RATIO, _SPLIT_DISTANCE, _SPLIT_COSINE = 0.4, 4.0, 0.97
@@ -307,17 +307,19 @@ class Refine:
 
     def _same(self, done: _Pass, a: int, b: int, trains: list[Ints]) -> bool:
         """Tell whether two rows cannot be told apart, differ in size alone, or took over from one another while they were alike."""
-        if done.likeness[a, b] > _HANDOVER_LIKENESS and self._shared_time(trains[a], trains[b]) < _HANDOVER_SHARED:
-            return True
         templates = done.bank.templates
+        energies = float(templates.energy[a]), float(templates.energy[b])
+        comparable = max(energies) < _MOST_LARGER**2 * min(energies)
+        were_alike = comparable and done.likeness[a, b] > _HANDOVER_LIKENESS
+        if were_alike and self._shared_time(trains[a], trains[b]) < _HANDOVER_SHARED:
+            return True
         if b not in templates.rivals[a]:
             return False
         product = max(overlap(templates, a, b)[0], overlap(templates, b, a)[0])
-        energies = float(templates.energy[a]), float(templates.energy[b])
         # What noise adds to the energy of a mean of n snippets: 1/n for each number that a template is made of.
         n_numbers = self._config.match.n_ranks * (self._n_samples + int((templates.channels[a] >= 0).sum()))
         noise = n_numbers * float((1 / done.bank.worth[[a, b]]).sum())
-        if product > _SAME[1] * float(np.sqrt(energies[0] * energies[1])) and max(energies) < _BURST_SIZE**2 * min(energies):
+        if comparable and product > _SAME[1] * float(np.sqrt(energies[0] * energies[1])):
             return True
         apart = sum(energies) - 2 * product - noise
         return apart < _SAME[0] or (apart < _DOUBTFUL and self._one_hill(done, a, b))

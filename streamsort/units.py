@@ -25,6 +25,7 @@ from streamsort.records import UNSORTED, Flag
 PROBATION_SPIKES = 100  # below this a unit's numbers are not yet to be relied on
 STABLE_ABOVE, UNSTABLE_BELOW = 0.8, 0.7  # expected accuracy; between the two a unit stays what it is
 UNSTABLE_S = 10.0  # how long an alarm marks a unit
+UNSTABLE_DISTANCE = 10.0  # standard deviations: by how much spikes must be further from their template
 DORMANT_INTERVALS, DORMANT_S = 20.0, 30.0  # silence of so many mean intervals, and so long, makes a unit dormant
 REVIVED_SPIKES = 3  # so many within DORMANT_S wake it; a single one may be a mistake
 MEASURED_S = 10.0  # how often a unit's metrics are computed anew: 0.2 ms each, and each unit in its own turn
@@ -357,8 +358,11 @@ class Registry:
                 return self._wake(unit, sample_index, "fires again", unit.returns[0])
 
     def _note_alarm(self, unit: Unit, alarm: Alarm, sample_index: int) -> None:
-        """Tell of an alarm; amplitudes change when a unit moves, distances when its template does not go with it."""
-        if alarm.what == "distance":
+        """Tell of an alarm; amplitudes change when a unit moves, distances when its template does not go with it.
+
+        Where a template lags a little its unit is as sure as ever; one whose spikes lie far from it may be another by now.
+        """
+        if alarm.what == "distance" and alarm.after - alarm.before > UNSTABLE_DISTANCE:
             unit.unstable_until = sample_index + int(UNSTABLE_S * self._sampling_frequency)
         evidence = {"before": round(alarm.before, 2), "after": round(alarm.after, 2), "n_spikes": unit.n_spikes}
         self.record("drift_alarm", sample_index, unit.unit_id, alarm.reason, of=alarm.what, **evidence)
