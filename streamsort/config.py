@@ -194,7 +194,8 @@ class StreamConfig:
     # As long as nobody waits for units: making them takes longer than queue_s on a large probe, and is caught up with afterwards.
     calibration_queue_s: float = 180.0
     deadline_ms: float = 10.0  # a spike published later than this after its trough carries the flag `late`
-    shed_ms: float = 20.0  # a live chunk that waited longer makes the sorter leave things out, see `streamsort.shed`
+    # A live chunk that waited longer makes the sorter leave things out (`streamsort.shed`); a machine's hiccups are shorter.
+    shed_ms: float = 100.0
     status_s: float = 1.0  # units and status are published this often
 
     def __post_init__(self) -> None:

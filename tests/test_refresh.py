@@ -503,7 +503,7 @@ class Live:
         writer = SessionWriter(self.path, {}, recording.probe, float(RATE))
         self.models = self.path / "models"
         self.stream = Stream(
-            Played(self.sorter.info, endless(recording.traces), speed=8.0), self.sorter, [self.kept], archive=writer
+            Played(self.sorter.info, endless(recording.traces), speed=4.0), self.sorter, [self.kept], archive=writer
         )
 
     def judged(self, n_offers: int) -> dict[str, Any]:
