@@ -13,17 +13,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from streamsort.records import StreamInfo
+from streamsort.simconfig import PROBE_OF
 from streamsort.simulate import GAIN_UV, SimulationConfig, simulate_recording
 from streamsort.sources.pace import PacedSource
 
-PROBES = {4: "tetrode", 32: "grid32", 128: "neuropixels128", 384: "neuropixels384"}
 CHANNELS_PER_UNIT = 2
 
 
 def simulation(n_channels: int, seconds: float, n_units: int | None = None) -> SimulationConfig:
     """Choose a recording for so many channels: a unit for every two of them, 1 to 12 spikes a second each, with noise between."""
     n_units = n_channels // CHANNELS_PER_UNIT if n_units is None else n_units
-    return SimulationConfig(seconds=seconds, probe_name=PROBES[n_channels], n_units=n_units)
+    return SimulationConfig(seconds=seconds, probe_name=PROBE_OF[n_channels], n_units=n_units)
 
 
 class Looped(PacedSource):

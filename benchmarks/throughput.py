@@ -25,7 +25,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from looped import PROBES, Looped, simulation
+from looped import Looped, simulation
 from numpy.typing import NDArray
 from report import one_core, publish, spread
 
@@ -33,6 +33,7 @@ from streamsort.choose import measure_speed
 from streamsort.config import EncodeConfig, SorterConfig
 from streamsort.latency import low_latency
 from streamsort.records import Chunk
+from streamsort.simconfig import PROBE_OF
 from streamsort.sorter import Sorter
 
 STAGES = ("detect", "assign", "learn")
@@ -71,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure how much faster than real time it sorts.")
     parser.add_argument("--cores", type=int, choices=(1, 2), default=1, help="(1)")
-    parser.add_argument("--channels", type=int, nargs="+", choices=tuple(PROBES), default=[32, 128, 384])
+    parser.add_argument("--channels", type=int, nargs="+", choices=tuple(PROBE_OF), default=[32, 128, 384])
     parser.add_argument("--chunk-ms", type=float, nargs="+", default=[1.0, 10.0])
     parser.add_argument("--units", type=int, help="of the simulation (one for every two channels)")
     parser.add_argument("--seconds", type=float, default=10.0, help="of signal per pass and repeat (10)")

@@ -127,7 +127,11 @@ class Assign:
         self._recent = np.zeros(0, MATCH_DTYPE)
         self._near_gap = np.zeros(0, np.int64)
         self._notes = Notes(known, [], [], [], [], 0)
-        self._nearest(np.zeros(0, np.uint16), np.zeros((0, 1, self._neighbors.shape[1]), np.float32))  # compiles
+
+    def warmup(self) -> None:
+        """Compile the kernels that name peaks; those of matching have a warmup of their own."""
+        self.explain(np.zeros(1, PEAK_DTYPE), np.zeros(1, MATCH_DTYPE))
+        self._nearest(np.zeros(1, np.uint16), np.zeros((1, 1, self._neighbors.shape[1]), np.float32))
 
     @property
     def through_sample(self) -> int:
@@ -307,11 +311,6 @@ def explain(
     nearest_spikes(at, channel, spike_at, home[spikes["row"]], nearby, same_samples, found)
     named: Ints = np.append(order, -1)[found]
     return named
-
-
-def warmup() -> None:
-    """Compile the kernel on scratch data."""
-    explain(np.zeros(1, PEAK_DTYPE), np.zeros(1, MATCH_DTYPE), np.zeros(1, np.int32), np.ones((1, 1), np.bool_), 1)
 
 
 def as_spikes(peaks: NDArray[Any]) -> NDArray[np.void]:

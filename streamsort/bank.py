@@ -166,8 +166,8 @@ class Bank:
         self._owed_um[row], self._speed[row], self._error[row] = 0.0, _FIRST, 0.0
         self._vary_as_usual([row])
         self._moved_um[row] = 0
-        self._maker.put(self.templates, row, self.means[row].T, n_spikes, around)
-        self.templates.tightness[row] = self._tightness()[row]
+        self.templates.around[row] = around
+        self._put(row)
         self.templates = self._maker.related(self.templates, [row])
 
     def move(self, displacement_um: NDArray[np.float64], near: NDArray[np.int32], channel_locations: NDArray[np.float64]) -> None:

@@ -120,6 +120,8 @@ class Learner:
         bank.learn(np.zeros(1, MATCH_DTYPE), bank.means, bank.templates.around, 1.0)
         likeness(bank.templates, bank.templates)
         bank.likeness_to(mean[0])
+        known = Known(bank.templates, bank.threshold, np.zeros(1, np.int64), np.zeros(1, np.uint16))
+        Assign(self._config, self._probe, self._rate, np.ones(self._probe.n_channels, np.float32), known, 0).warmup()
 
     def gather(self, encoder: Encoder, batches: Sequence[PeakBatch]) -> Lesson:
         """Keep the traces and peaks of a period for calibration, and take the displacement from them."""

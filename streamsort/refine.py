@@ -168,7 +168,7 @@ class Refine:
             if whole and not groups and len(kept) == len(trains) and k > 0:
                 break
             if k < _ROUNDS - 1:
-                means, rates, n_spikes = self._next(done, kept, parts, halves, groups)
+                means, rates, n_spikes = self._next(done, kept, trains, parts, halves, groups)
         done.bank.keep(kept)
         matches = done.matches[np.isin(done.matches["row"], kept)]
         matches["row"] = np.searchsorted(kept, matches["row"])
@@ -178,6 +178,7 @@ class Refine:
         self,
         done: _Pass,
         kept: list[int],
+        trains: list[Ints],
         parts: dict[int, list[NDArray[np.bool_]]],
         halves: dict[int, Floats],
         groups: list[Group],
@@ -190,7 +191,7 @@ class Refine:
                 early = members & (np.cumsum(members) <= n_early)
                 means.append(done.mean(row, early) + halves.get(row, np.float32(0)))
                 n_spikes.append(int(early.sum()))
-                rates.append((done.matches["row"] == row).sum() / self._seconds * members.mean())
+                rates.append(len(trains[row]) / self._seconds * members.mean())
         means += [group.mean for group in groups]
         n_spikes += [group.n_spikes for group in groups]
         rates += [group.n_spikes / self._seconds for group in groups]

@@ -15,6 +15,7 @@ from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
 
 PROBES = ("grid32", "linear32", "tetrode", "single", "neuropixels64", "neuropixels128", "neuropixels384")
+PROBE_OF = {1: "single", 4: "tetrode", 32: "grid32", 64: "neuropixels64", 128: "neuropixels128", 384: "neuropixels384"}  # channels
 
 
 @dataclass(frozen=True)

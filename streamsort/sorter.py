@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from streamsort import assign
 from streamsort.assign import Assign, Known, as_spikes
 from streamsort.choose import choose_encoder
 from streamsort.config import SorterConfig
@@ -121,7 +120,6 @@ class Sorter:
         """Compile every kernel and run the encoder once, on a scratch copy: the first real chunk pays for nothing."""
         self.encoder.warmup()
         self._learner.warmup(self.encoder.n_dims)
-        assign.warmup()
 
     def process(self, chunk: Chunk, pool: Executor | None = None) -> list[Output]:
         """Take the next chunk through all steps; one output per stretch between learning boundaries.

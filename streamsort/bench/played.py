@@ -6,12 +6,10 @@ without one the recording goes on clean, in real time.
 
 import math
 import queue
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +17,7 @@ from numpy.typing import NDArray
 from streamsort.bench.faults import Disturbance, Faults
 from streamsort.records import Chunk
 from streamsort.sources import open_source
+from streamsort.sources.pace import PacedSource
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Phase:
     burst: str | None = None
 
 
-class Played:
+class Played(PacedSource):
     """Play a recording.
 
     Parameters
@@ -57,16 +56,14 @@ class Played:
     """
 
     def __init__(self, recording: str, chunk_ms: float, tell: Callable[[dict[str, Any]], None]) -> None:
-        self._recording, self._chunk_ms, self._tell = recording, chunk_ms, tell
-        self.info = open_source(recording, speed=1.0).info
-        self.counters: dict[str, int] = {}
+        super().__init__(open_source(recording, speed=1.0).info, 1.0, chunk_ms)
+        self._recording, self._tell = recording, tell
         self.phases: queue.SimpleQueue[Phase] = queue.SimpleQueue()
-        self._closed = threading.Event()
 
     def __iter__(self) -> Iterator[Chunk]:
         rate = self.info.sampling_frequency
         sample_index, due, under_way = 0, 0.0, None
-        for traces in self._rounds():
+        for traces in self._blocks():
             due = due or time.monotonic()  # not before: reading the first chunk may take long
             if under_way is None and not self.phases.empty():
                 under_way = _UnderWay(self.phases.get(), sample_index, due, rate)
@@ -85,27 +82,12 @@ class Played:
                     due = max(due, time.monotonic())
                 under_way = None
 
-    def close(self) -> None:
-        """End the iteration, also one that waits for its next chunk."""
-        self._closed.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _rounds(self) -> Iterator[NDArray[Any]]:
+    def _blocks(self) -> Iterator[NDArray[Any]]:
         """Yield equal chunks for ever; what is left of a round when no whole chunk is left is not played."""
-        n_samples = chunk_samples(self.info.sampling_frequency, self._chunk_ms)
         while True:
-            for chunk in open_source(self._recording, chunk_samples=n_samples):
-                if chunk.n_samples == n_samples:
+            for chunk in open_source(self._recording, chunk_samples=self._chunk_samples):
+                if chunk.n_samples == self._chunk_samples:
                     yield chunk.traces
-
-
-def chunk_samples(sampling_frequency: float, chunk_ms: float) -> int:
-    return max(round(chunk_ms * sampling_frequency / 1000), 1)
 
 
 class _UnderWay:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from streamsort.bench import figures
 from streamsort.bench.conduct import Notes, Plan
 from streamsort.bench.figures import Clock
-from streamsort.bench.played import chunk_samples
 from streamsort.records import Flag
 from streamsort.score import score
 from streamsort.simulate import Truth
+from streamsort.sources.pace import chunk_length
 
 _LOST = ("gap", "overrun")
 
@@ -51,7 +51,7 @@ class Report:
     def __init__(self, plan: Plan, notes: Notes, truth: Truth | None, bursts: dict[float, Truth]) -> None:
         self._plan, self._notes, self._truth, self._bursts = plan, notes, truth, bursts
         margin = round(notes.counted["floor_ms"] * plan.rate / 1e3)
-        self._clock = Clock(plan.rate, margin, chunk_samples(plan.rate, plan.chunk_ms))
+        self._clock = Clock(plan.rate, margin, chunk_length(plan.rate, plan.chunk_ms))
         sorted_ones = self._arrived(notes.clean)
         self._clean_s = float(np.median(figures.latency_s(sorted_ones))) if len(sorted_ones) else float("nan")
 

@@ -16,7 +16,6 @@ from streamsort.bench import picture
 from streamsort.bench.burst import make_burst
 from streamsort.bench.conduct import Notes, Plan, conduct
 from streamsort.bench.faults import Faults, parse_faults
-from streamsort.bench.played import chunk_samples
 from streamsort.bench.result import Report
 from streamsort.bench.show import comparison, table
 from streamsort.commands.options import config_of, is_live, probe_of
@@ -25,6 +24,7 @@ from streamsort.errors import StreamsortError
 from streamsort.loopback import keep_lsl_private
 from streamsort.score import load_truth
 from streamsort.simulate import Truth, truth, write_recording
+from streamsort.sources.pace import chunk_length
 from streamsort.sources.recording import Recording
 from streamsort.sources.sim import parse_options
 
@@ -83,7 +83,7 @@ def _measure(
     with Recording(recording, probe=probe) as source:
         info, n_samples = source.info, source.n_samples
     _check(
-        n_samples >= chunk_samples(info.sampling_frequency, args.chunk_ms),
+        n_samples >= chunk_length(info.sampling_frequency, args.chunk_ms),
         f"{args.source}: {n_samples} samples, expected a chunk of {args.chunk_ms:g} ms or more",
     )
     bursts, files = {}, {}

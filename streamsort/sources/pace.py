@@ -66,7 +66,7 @@ def check_speed(speed: float | None) -> float | None:
     return speed
 
 
-def chunk_length(sampling_frequency: float, chunk_ms: float, chunk_samples: int | None) -> int:
+def chunk_length(sampling_frequency: float, chunk_ms: float, chunk_samples: int | None = None) -> int:
     """Convert the wished chunk to samples, at least one.
 
     Raises

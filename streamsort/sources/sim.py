@@ -18,19 +18,12 @@ from numpy.typing import NDArray
 from streamsort.errors import StreamsortError
 from streamsort.probe import Probe
 from streamsort.records import StreamInfo
+from streamsort.simconfig import PROBE_OF
 from streamsort.simulate import GAIN_UV, SimulationConfig, simulated_blocks
 from streamsort.sources import check_probe
 from streamsort.sources.pace import PacedSource
 
 _SHORT = {"units": "n_units", "probe": "probe_name", "channels": "probe_name"}
-_OF_CHANNELS = {
-    "1": "single",
-    "4": "tetrode",
-    "32": "grid32",
-    "64": "neuropixels64",
-    "128": "neuropixels128",
-    "384": "neuropixels384",
-}
 
 
 class Simulation(PacedSource):
@@ -120,9 +113,10 @@ def parse_options(options: str) -> SimulationConfig:
 
 def _probe_of(n_channels: str) -> str:
     """Name the probe with so many channels."""
-    if n_channels not in _OF_CHANNELS:
-        raise StreamsortError(f"sim: channels = {n_channels!r}, expected {', '.join(_OF_CHANNELS)}, or probe=NAME")
-    return _OF_CHANNELS[n_channels]
+    names = {str(n): name for n, name in PROBE_OF.items()}
+    if n_channels not in names:
+        raise StreamsortError(f"sim: channels = {n_channels!r}, expected {', '.join(names)}, or probe=NAME")
+    return names[n_channels]
 
 
 def _convert(kind: Any, text: str, key: str) -> Any:
